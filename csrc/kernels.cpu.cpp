@@ -1,0 +1,15 @@
+// The one symbol of an instruction set's library.
+#include "kernels.h"
+
+#define LZ_TEXT_OF(x) #x
+#define LZ_TEXT(x) LZ_TEXT_OF(x)
+
+extern "C" __attribute__((visibility("default"))) const layerzoo::Kernels* layerzoo_kernels() {
+  using namespace layerzoo::LZ_ISA;
+  static const layerzoo::Kernels table = {
+      LZ_TEXT(LZ_ISA_NAME),
+      {pack, unpack, sum, selective_scan_scratch, selective_scan, selective_scan_backward_scratch,
+       selective_scan_backward, causal_conv1d_scratch, causal_conv1d, causal_conv1d_backward, causal_conv1d_update,
+       selective_state_update}};
+  return &table;
+}

@@ -1,0 +1,16 @@
+// The table that the library of one instruction set exports, and csrc/library.cpp loads.
+#pragma once
+
+#include "ssm/kernels.h"
+
+namespace layerzoo {
+
+struct Kernels {
+  const char* isa;
+  SsmKernels ssm;
+};
+
+// The kernels of this process's instruction set, loaded at the first call. Throws if there are none.
+const Kernels& kernels();
+
+}  // namespace layerzoo

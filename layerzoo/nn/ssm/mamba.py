@@ -1,0 +1,203 @@
+"""Mamba: selective state-space layer.
+
+Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), arXiv 2312.00752. Constructor,
+parameter names and state_dict are those of mamba-ssm's `Mamba`, so that its checkpoints load; the step size, the decay
+and the state are float32 whatever the type of the layer.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerzoo.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+
+Cache = tuple[Tensor, Tensor]
+
+
+class Mamba(nn.Module):
+    """Maps (batch, length, d_model) to the same shape, causally, in time and memory linear in length.
+
+    Args:
+        d_model: width of input and output. d_state: states per channel. d_conv: width of the causal convolution.
+        expand: inner channels = expand * d_model. dt_rank: rank of the step-size projection; "auto" is d_model / 16.
+        dt_min, dt_max, dt_init_floor: range in which the initial step sizes are drawn, log-uniformly.
+        dt_init, dt_scale: initial weight of the step-size projection: "random" (uniform) or "constant".
+        conv_bias, bias: whether the convolution and the two outer projections have a bias.
+        layer_idx: key of this layer in `inference_params.key_value_memory_dict`.
+        use_fast_path: accepted for compatibility; there is one path.
+
+    Raises:
+        ValueError: a size that is not positive or an unknown `dt_init`; an input whose width is not d_model.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: Literal["random", "constant"] = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": rank}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"Mamba: {name} must be at least 1, got {size}")
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"Mamba: dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        self.d_model, self.d_state, self.d_conv, self.expand, self.dt_rank = d_model, d_state, d_conv, expand, rank
+        self.d_inner = expand * d_model
+        self.layer_idx = layer_idx
+        self._dt_init = (dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        full: dict[str, Any] = {"device": device, "dtype": torch.float32}
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **like)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **like
+        )
+        self.x_proj = nn.Linear(self.d_inner, rank + 2 * d_state, bias=False, **like)
+        self.dt_proj = nn.Linear(rank, self.d_inner, bias=True, **like)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **full))
+        self.D = nn.Parameter(torch.empty(self.d_inner, **full))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **like)
+        # Marks that training code written for mamba-ssm looks for.
+        self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
+        self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+        self._reset_scan_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
+        for layer in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
+            layer.reset_parameters()
+        self._reset_scan_parameters()
+
+    @torch.no_grad()
+    def _reset_scan_parameters(self) -> None:
+        init, scale, low, high, floor = self._dt_init
+        bound = self.dt_rank**-0.5 * scale
+        if init == "constant":
+            self.dt_proj.weight.fill_(bound)
+        else:
+            self.dt_proj.weight.uniform_(-bound, bound)
+        dt = torch.empty_like(self.D).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_params: Any = None,
+        *,
+        seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """hidden_states (batch, length, d_model) -> the same shape.
+
+        Args:
+            inference_params: mamba-ssm's object (`key_value_memory_dict`, `seqlen_offset`): its cache of `layer_idx` is
+                used, and allocated at first.
+            seq_idx: (batch, length), packed sequences, as in `selective_scan`.
+            cache: (conv_state, ssm_state) of `allocate_inference_cache`: read, and moved on in place. It needs
+                `torch.no_grad()`.
+        """
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.d_model:
+            raise ValueError(
+                f"Mamba: hidden_states must have shape (batch, length, d_model = {self.d_model}), "
+                f"got {tuple(hidden_states.shape)}"
+            )
+        if inference_params is not None:
+            cache = self._cache_of(inference_params, hidden_states.shape[0])
+        if cache is not None and hidden_states.shape[1] == 1 and seq_idx is None:
+            return self.step(hidden_states, *cache)[0]
+        x, z = self.in_proj(hidden_states).chunk(2, dim=2)  # b l d each
+        weight = self.conv1d.weight.squeeze(1)
+        left = None if cache is None else cache[0][:, :, 1:]
+        recent = x[:, -self.d_conv :].transpose(1, 2)
+        x = causal_conv1d(x.transpose(1, 2), weight, self.conv1d.bias, seq_idx, left, activation="silu")  # b d l
+        delta, B, C = self._select(x.transpose(1, 2))
+        y, state = selective_scan(
+            x,
+            delta.transpose(1, 2),
+            self._decay(),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            self.D,
+            z.transpose(1, 2),
+            self.dt_proj.bias,
+            delta_softplus=True,
+            return_last_state=True,
+            initial_state=None if cache is None else cache[1],
+            seq_idx=seq_idx,
+        )
+        if cache is not None:
+            with torch.no_grad():
+                cache[0].copy_(torch.cat([cache[0], recent], 2)[:, :, -self.d_conv :])
+                cache[1].copy_(state)
+        return F.linear(y.transpose(1, 2), self.out_proj.weight, self.out_proj.bias)
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., d_inner) -> step size before its bias (..., d_inner), B and C (..., d_state)."""
+        low, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.linear(low, self.dt_proj.weight), B, C
+
+    def _decay(self) -> Tensor:
+        """A (d_inner, d_state), in float32 or wider."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, (batch, 1, d_model), with the states (changed in place, and returned)."""
+        if hidden_states.shape[1] != 1:
+            raise ValueError(f"Mamba.step: hidden_states must hold one token, got length {hidden_states.shape[1]}")
+        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=1)  # b d each
+        x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        delta, B, C = self._select(x)
+        y = selective_state_update(
+            ssm_state, x, delta, self._decay(), B, C, self.D, z, self.dt_proj.bias, dt_softplus=True
+        )
+        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Cache:
+        """Zero states: (batch_size, d_inner, d_conv), and (batch_size, d_inner, d_state) in float32 or wider.
+
+        Their size does not depend on `max_seqlen`, which is accepted for compatibility.
+        """
+        weight = self.conv1d.weight
+        conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return conv_state, weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
+
+    def _cache_of(self, inference_params: Any, batch_size: int) -> Cache:
+        if self.layer_idx is None:
+            raise ValueError("Mamba: inference_params needs a layer_idx, which this layer was built without")
+        caches = inference_params.key_value_memory_dict
+        if self.layer_idx not in caches:
+            caches[self.layer_idx] = self.allocate_inference_cache(batch_size)
+        cache: Cache = caches[self.layer_idx]
+        if inference_params.seqlen_offset == 0:
+            for state in cache:
+                state.zero_()
+        return cache

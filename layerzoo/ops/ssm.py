@@ -1,0 +1,534 @@
+"""State-space ops: selective scan and causal convolution, whole sequences and step by step.
+
+Letters: batch b, channels d, length l, state n, groups g (channels that share B and C), kernel width w. Floating-point
+arguments may be float32, bfloat16, float16 or float64 and need not agree: everything is computed in float32, in float64
+where the first argument is, and results have the type of the first argument (states: the type computed in). Any strides
+are read as they are.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from layerzoo import env
+from layerzoo.ops._checks import INTEGER, check_no_gradient, check_positive, check_rank, check_tensor, check_writable
+from layerzoo.ops._define import define
+from layerzoo.reference import ssm as reference
+from layerzoo.reference.ssm import CHUNK, accumulate_dtype
+
+# ---- selective_scan ----
+
+
+def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, chunk = args
+    out, last, states = reference.selective_scan(*inputs)
+    last = last.clone(memory_format=torch.contiguous_format)
+    return torch.empty_like(inputs[0]).copy_(out), last, states.contiguous() if chunk else states[:, :0].clone()
+
+
+def _scan_fake(u: Tensor, delta: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, channels, length), chunk, acc = u.shape, args[-1], accumulate_dtype(u)
+    chunks = (length + chunk - 1) // chunk if chunk else 0
+    return (
+        torch.empty_like(u),
+        u.new_empty((batch, channels, A.shape[1]), dtype=acc),
+        u.new_empty((batch, chunks, A.shape[1], channels), dtype=acc),
+    )
+
+
+def _new(like: Tensor) -> Tensor:
+    """New memory as the kernels lay out a result: parameters contiguous, sequences in the order of their strides."""
+    return like.new_empty(like.shape) if like.dim() == 2 else torch.empty_like(like)
+
+
+def _laid_out(like: Tensor | None, value: Tensor | None) -> Tensor | None:
+    return None if like is None or value is None else _new(like).copy_(value)
+
+
+def _or_empty(like: Tensor, dtype: torch.dtype, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """An op returns tensors only: nothing in place of None."""
+    return tuple(like.new_empty((0,), dtype=dtype) if grad is None else grad for grad in grads)
+
+
+def _scan_backward_reference(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, _states = args
+    u, delta, A, B, C, _, z = inputs[2:9]
+    acc = accumulate_dtype(u)
+    grads = list(reference.selective_scan_backward(*inputs))
+    for i, like in ((0, u), (1, delta), (3, B), (4, C), (6, z)):
+        grads[i] = _laid_out(like, grads[i])
+    initial = u.new_empty((0, *A.shape), dtype=acc) if grads[8] is None else grads[8]
+    grads[8] = initial.clone(memory_format=torch.contiguous_format)
+    return _or_empty(u, acc, tuple(grads))
+
+
+def _scan_backward_fake(
+    grad_out: Tensor,
+    grad_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    initial: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    acc = accumulate_dtype(u)
+
+    def plain(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.new_empty(x.shape)
+
+    return _or_empty(
+        u,
+        acc,
+        (
+            torch.empty_like(u),
+            torch.empty_like(delta),
+            plain(A),
+            _new(B),
+            _new(C),
+            plain(D),
+            None if z is None else torch.empty_like(z),
+            plain(bias),
+            u.new_empty((0, *A.shape), dtype=acc) if initial is None else plain(initial),
+        ),
+    )
+
+
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus, Tensor? initial_state, Tensor? seq_idx, bool reverse"
+)
+
+_scan_backward = define(
+    f"selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, {_INPUTS}, Tensor states)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_scan_backward_reference,
+    fake=_scan_backward_fake,
+)
+
+
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    u, delta, A, B, C, D, z, bias, ctx.softplus, initial, seq_idx, ctx.reverse, _ = inputs
+    ctx.save_for_backward(u, delta, A, B, C, D, z, bias, initial, seq_idx, output[2])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _scan_gradient(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    u, delta, A, B, C, D, z, bias, initial, seq_idx, states = ctx.saved_tensors
+    inputs = (u, delta, A, B, C, D, z, bias, ctx.softplus, initial, seq_idx, ctx.reverse)
+    if grad_out is None and grad_last is None:
+        return (None,) * 13
+    if states.shape[1] == 0:  # the op was called without keeping states
+        states = _scan(*inputs, CHUNK)[2]
+    if grad_out is None:
+        grad_out = torch.zeros_like(u)
+    grads = _scan_backward(grad_out, grad_last, *inputs, states)
+    gu, gdelta, gA, gB, gC, gD, gz, gbias, ginitial = (
+        grad if x is not None else None for grad, x in zip(grads, (u, delta, A, B, C, D, z, bias, initial), strict=True)
+    )
+    return gu, gdelta, gA, gB, gC, gD, gz, gbias, None, ginitial, None, None, None
+
+
+_scan = define(
+    f"selective_scan({_INPUTS}, int chunk) -> (Tensor, Tensor, Tensor)",
+    reference=_scan_reference,
+    fake=_scan_fake,
+    setup_context=_scan_setup,
+    backward=_scan_gradient,
+    autocast=(0, 3, 4, 6),
+)
+
+
+def _check_coefficient(op: str, name: str, x: Tensor, u: Tensor, state: int) -> int:
+    """Checks B or C and returns its number of groups, 0 where it is constant."""
+    batch, channels, length = u.shape
+    check_rank(op, name, x, ("(channels, state)", "(batch, state, length)", "(batch, groups, state, length)"))
+    if x.dim() == 2:
+        check_tensor(op, name, x, "(channels, state)", (channels, state), u.device)
+        return 0
+    if x.dim() == 3:
+        check_tensor(op, name, x, "(batch, state, length)", (batch, state, length), u.device)
+        return 1
+    groups = x.shape[1]
+    check_tensor(op, name, x, "(batch, groups, state, length)", (batch, groups, state, length), u.device)
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{op}: {name} has {groups} groups, which must divide the {channels} channels of u")
+    return groups
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    return_last_state: Literal[False] = ...,
+    *,
+    initial_state: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
+    reverse: bool = ...,
+) -> Tensor: ...
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    *,
+    return_last_state: Literal[True],
+    initial_state: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
+    reverse: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective state-space scan of Mamba (Gu and Dao, 2023, arXiv 2312.00752).
+
+    For every batch, channel and state n: `dt = softplus(delta + delta_bias)` (or without softplus),
+    `x_t = exp(dt_t A_n) x_{t-1} + dt_t u_t B_{t,n}`, `out_t = (sum_n C_{t,n} x_{t,n} + D u_t) silu(z_t)`.
+
+    Args:
+        u, delta, z: (batch, channels, length). Channel-last memory is as fast as time-last, and is kept in the output.
+        A: (channels, state), real; negative where the state shall decay.
+        B, C: constant (channels, state), or (batch, state, length), or (batch, groups, state, length), where
+            channel c belongs to group c // (channels // groups).
+        D, delta_bias: (channels,).
+        delta_softplus: whether dt is the softplus of delta + delta_bias.
+        return_last_state: whether to return the state after the last step too.
+        initial_state: (batch, channels, state), the state before the first step; zero if None.
+        seq_idx: (batch, length) int32 or int64: which sequence of the row each step belongs to. The state starts at
+            zero with each new id; it must not decrease along a row; steps with a negative id are padding: output 0,
+            state untouched, no gradient. The first sequence goes on from `initial_state`.
+        reverse: scan from the last step to the first; the last state is then that of step 0.
+
+    Returns:
+        out (batch, channels, length) in u's dtype and stride order; with `return_last_state` also the last state
+        (batch, channels, state) in float32 (float64 for float64 u). Both are differentiable, once.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        RuntimeError: NaN in A, or ids in seq_idx that decrease (kernels on CUDA do not look: set LAYERZOO_CHECK=1).
+    """
+    op = "selective_scan"
+    check_rank(op, "u", u, ("(batch, channels, length)",))
+    shape, device = u.shape, u.device
+    check_positive(op, "u", "channel", shape[1])
+    check_tensor(op, "delta", delta, "(batch, channels, length)", shape, device)
+    check_rank(op, "A", A, ("(channels, state)",))
+    check_tensor(op, "A", A, "(channels, state)", (shape[1], A.shape[1]), device)
+    state = A.shape[1]
+    check_positive(op, "A", "state", state)
+    groups = {_check_coefficient(op, "B", B, u, state), _check_coefficient(op, "C", C, u, state)} - {0}
+    if len(groups) > 1:
+        raise ValueError(f"{op}: B and C must have equal numbers of groups, got {tuple(B.shape)} and {tuple(C.shape)}")
+    for name, row in (("D", D), ("delta_bias", delta_bias)):
+        if row is not None:
+            check_tensor(op, name, row, "(channels,)", (shape[1],), device)
+    if z is not None:
+        check_tensor(op, "z", z, "(batch, channels, length)", shape, device)
+    if initial_state is not None:
+        dims = (shape[0], shape[1], state)
+        check_tensor(op, "initial_state", initial_state, "(batch, channels, state)", dims, device)
+    if seq_idx is not None:
+        check_tensor(op, "seq_idx", seq_idx, "(batch, length)", (shape[0], shape[2]), device, INTEGER)
+    if device.type == "cuda" and env.check():
+        reference.check_values(op, A, seq_idx)
+    needs_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    )
+    chunk = CHUNK if needs_gradient else 0
+    out, last, _ = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, reverse, chunk)
+    return (out, last) if return_last_state else out
+
+
+# ---- selective_state_update ----
+
+
+def _update_fake(state: Tensor, x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+_update = define(
+    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus) -> Tensor",
+    reference=lambda state, x, *args: torch.empty_like(x).copy_(reference.selective_state_update(state, x, *args)),
+    fake=_update_fake,
+)
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """One step of `selective_scan`, in place on `state`: what decoding token by token calls (Gu and Dao, 2023).
+
+    Args:
+        state: (batch, channels, state), changed in place; any floating type, best float32.
+        x, dt, z: (batch, channels). A: (channels, state). B, C: (batch, state). D, dt_bias: (channels,).
+        dt_softplus: whether the step size is the softplus of dt + dt_bias.
+
+    Returns:
+        The output (batch, channels) in x's dtype. It has no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or one that needs a gradient.
+    """
+    op = "selective_state_update"
+    check_rank(op, "x", x, ("(batch, channels)",))
+    (batch, channels), device = x.shape, x.device
+    check_positive(op, "x", "channel", channels)
+    check_rank(op, "A", A, ("(channels, state)",))
+    n = A.shape[1]
+    check_positive(op, "A", "state", n)
+    check_tensor(op, "state", state, "(batch, channels, state)", (batch, channels, n), device)
+    check_tensor(op, "dt", dt, "(batch, channels)", (batch, channels), device)
+    check_tensor(op, "A", A, "(channels, state)", (channels, n), device)
+    check_tensor(op, "B", B, "(batch, state)", (batch, n), device)
+    check_tensor(op, "C", C, "(batch, state)", (batch, n), device)
+    if z is not None:
+        check_tensor(op, "z", z, "(batch, channels)", (batch, channels), device)
+    for name, row in (("D", D), ("dt_bias", dt_bias)):
+        if row is not None:
+            check_tensor(op, name, row, "(channels,)", (channels,), device)
+    check_writable(op, "state", state)
+    check_no_gradient(op, state, x, dt, A, B, C, D, z, dt_bias)
+    out: Tensor = _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return out
+
+
+# ---- causal_conv1d ----
+
+_ACTIVATIONS = (None, "silu", "swish")
+
+
+def _silu(op: str, activation: str | None) -> bool:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be None, 'silu' or 'swish', got {activation!r}")
+    return activation is not None
+
+
+def _conv_reference(*args: Any) -> tuple[Tensor, Tensor]:
+    out, final = reference.causal_conv1d(*args)
+    return torch.empty_like(args[0]).copy_(out), final
+
+
+def _conv_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((x.shape[0], x.shape[1], weight.shape[1] - 1))
+
+
+def _conv_backward_reference(*args: Any) -> tuple[Tensor, ...]:
+    x, initial = args[2], args[6]
+    grads = list(reference.causal_conv1d_backward(*args))
+    grads[0] = _laid_out(x, grads[0])
+    grads[3] = _laid_out(initial, grads[3])
+    return _or_empty(x, x.dtype, tuple(grads))
+
+
+def _conv_backward_fake(
+    grad_out: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, ...]:
+    return _or_empty(
+        x,
+        x.dtype,
+        (
+            torch.empty_like(x),
+            weight.new_empty(weight.shape),
+            None if bias is None else bias.new_empty(bias.shape),
+            None if initial is None else torch.empty_like(initial),
+        ),
+    )
+
+
+_CONV_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, bool silu"
+
+_conv_backward = define(
+    f"causal_conv1d_backward(Tensor grad_out, Tensor? grad_final_states, {_CONV_INPUTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_conv_backward_reference,
+    fake=_conv_backward_fake,
+)
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _conv_gradient(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, seq_idx, initial = ctx.saved_tensors
+    if grad_out is None and grad_final is None:
+        return (None,) * 6
+    if grad_out is None:
+        grad_out = torch.zeros_like(x)
+    gx, gweight, gbias, ginitial = _conv_backward(grad_out, grad_final, x, weight, bias, seq_idx, initial, ctx.silu)
+    return gx, gweight, None if bias is None else gbias, None, None if initial is None else ginitial, None
+
+
+_conv = define(
+    f"causal_conv1d({_CONV_INPUTS}) -> (Tensor, Tensor)",
+    reference=_conv_reference,
+    fake=_conv_fake,
+    setup_context=_conv_setup,
+    backward=_conv_gradient,
+    autocast=(0,),
+)
+
+
+def _check_weight(op: str, weight: Tensor, bias: Tensor | None, x: Tensor) -> int:
+    check_rank(op, "weight", weight, ("(channels, width)",))
+    width = weight.shape[1]
+    check_tensor(op, "weight", weight, "(channels, width)", (x.shape[1], width), x.device)
+    check_positive(op, "weight", "tap", width)
+    if bias is not None:
+        check_tensor(op, "bias", bias, "(channels,)", (x.shape[1],), x.device)
+    return width
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ...,
+    return_final_states: Literal[False] = ...,
+    activation: str | None = ...,
+) -> Tensor: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ...,
+    *,
+    return_final_states: Literal[True],
+    activation: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution: `out_t = act(bias + sum_k weight_k x_{t - width + 1 + k})`.
+
+    Args:
+        x: (batch, channels, length), any strides; the output keeps their order.
+        weight: (channels, width), any width; 2, 3 and 4 are the fast ones. bias: (channels,).
+        seq_idx: (batch, length) int32 or int64, not decreasing along a row: a tap counts only within the sequence of
+            its step; where the id is negative the output is 0.
+        initial_states: (batch, channels, width - 1), what stands left of the first step (and belongs to its sequence);
+            zeros if None.
+        return_final_states: whether to return the last width - 1 inputs too, (batch, channels, width - 1) in x's dtype.
+        activation: None, "silu" or "swish" (the same).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an unknown activation.
+        RuntimeError: ids in seq_idx that decrease (kernels on CUDA do not look: set LAYERZOO_CHECK=1).
+    """
+    op = "causal_conv1d"
+    check_rank(op, "x", x, ("(batch, channels, length)",))
+    check_positive(op, "x", "channel", x.shape[1])
+    width = _check_weight(op, weight, bias, x)
+    if seq_idx is not None:
+        check_tensor(op, "seq_idx", seq_idx, "(batch, length)", (x.shape[0], x.shape[2]), x.device, INTEGER)
+        if x.is_cuda and env.check():
+            reference.check_values(op, None, seq_idx)
+    if initial_states is not None:
+        shape = (x.shape[0], x.shape[1], width - 1)
+        check_tensor(op, "initial_states", initial_states, "(batch, channels, width - 1)", shape, x.device)
+    out, final = _conv(x, weight, bias, seq_idx, initial_states, _silu(op, activation))
+    return (out, final) if return_final_states else out
+
+
+_conv_update = define(
+    "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    reference=lambda x, *args: torch.empty_like(x).copy_(reference.causal_conv1d_update(x, *args)),
+    fake=lambda x, *args: torch.empty_like(x),
+)
+
+
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """`causal_conv1d` of the next inputs, with those before them in `conv_state`, which is moved on in place.
+
+    Args:
+        x: (batch, channels) or (batch, channels, length), usually one step.
+        conv_state: (batch, channels, kept) with kept >= width - 1: the last inputs, newest last; changed in place.
+        weight: (channels, width). bias: (channels,). activation: None, "silu" or "swish".
+
+    Returns:
+        The output in x's shape and dtype. It has no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or one that needs a gradient.
+    """
+    op = "causal_conv1d_update"
+    check_rank(op, "x", x, ("(batch, channels)", "(batch, channels, length)"))
+    check_positive(op, "x", "channel", x.shape[1])
+    width = _check_weight(op, weight, bias, x)
+    check_rank(op, "conv_state", conv_state, ("(batch, channels, kept)",))
+    kept = conv_state.shape[2]
+    check_tensor(op, "conv_state", conv_state, "(batch, channels, kept)", (x.shape[0], x.shape[1], kept), x.device)
+    if kept < width - 1:
+        raise ValueError(f"{op}: conv_state must keep at least width - 1 = {width - 1} inputs, got {kept}")
+    silu = _silu(op, activation)
+    check_writable(op, "conv_state", conv_state)
+    check_no_gradient(op, x, conv_state, weight, bias)
+    if x.dim() == 2:
+        step: Tensor = _conv_update(x.unsqueeze(2), conv_state, weight, bias, silu)
+        return step.squeeze(2)
+    out: Tensor = _conv_update(x, conv_state, weight, bias, silu)
+    return out

@@ -1,0 +1,310 @@
+"""State-space ops in plain PyTorch: slow, obvious, in float64 where the input is.
+
+Letters: b batch, d channel, l time, n state, g group of channels that share B and C, w kernel width. Each forward is
+differentiable by autograd; each backward is written out by hand from its formula.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 64  # steps between the states that the forward keeps for the backward
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The type computed in: float64 for float64 input, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_values(op: str, A: Tensor | None, seq_idx: Tensor | None) -> None:
+    """Raises RuntimeError for NaN in A, or ids that decrease along a row; negative ids are padding and passed over."""
+    if A is not None and A.isnan().any():
+        raise RuntimeError(f"{op}: A must not contain NaN")
+    if seq_idx is None or seq_idx.numel() == 0:
+        return
+    before = F.pad(seq_idx.clamp(min=-1).cummax(1).values[:, :-1], (1, 0), value=-1)
+    wrong = (seq_idx >= 0) & (seq_idx < before)
+    if wrong.any():
+        i, t = wrong.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"{op}: seq_idx must not decrease along a row, "
+            f"but seq_idx[{i}, {t}] = {seq_idx[i, t]} follows {before[i, t]}"
+        )
+
+
+def _marks(seq_idx: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(padding, restart), each (b, l) and boolean: is it padding, does another sequence than before begin here?"""
+    if seq_idx is None:
+        no = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        return no, no
+    restart = torch.zeros_like(seq_idx, dtype=torch.bool)
+    last = torch.full((batch,), -1, dtype=seq_idx.dtype, device=device)
+    for t in range(length):
+        ids = seq_idx[:, t]
+        restart[:, t] = (ids >= 0) & (last >= 0) & (ids != last)
+        last = torch.where(ids >= 0, ids, last)
+    return seq_idx < 0, restart
+
+
+def _per_channel(x: Tensor, batch: int, channels: int, length: int) -> Tensor:
+    """B or C, constant (d, n) or varying (b, n, l) or (b, g, n, l), as (b, d, n, l)."""
+    if x.dim() == 2:
+        return x[None, :, :, None].expand(batch, -1, -1, length)
+    if x.dim() == 3:
+        x = x.unsqueeze(1)
+    return x.repeat_interleave(channels // x.shape[1], dim=1)
+
+
+def _to_shape_of(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient (b, d, n, l) of `_per_channel(x)` summed to the gradient of x."""
+    if x.dim() == 2:
+        return grad.sum((0, 3)).to(x.dtype)
+    batch, channels, state, length = grad.shape
+    groups = x.shape[1] if x.dim() == 4 else 1
+    return grad.reshape(batch, groups, channels // groups, state, length).sum(2).reshape(x.shape).to(x.dtype)
+
+
+def _blank_padding(x: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """x (b, ..., l), or a constant (d, n), with zeros at padding, where even NaN must have no effect."""
+    if x.dim() == 2 or seq_idx is None:
+        return x
+    return x.masked_fill((seq_idx < 0).reshape(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1]), 0)
+
+
+def _step_sizes(delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
+    """(delta + bias, its softplus or itself), (b, d, l)."""
+    s = delta if delta_bias is None else delta + delta_bias[:, None]
+    return s, F.softplus(s) if softplus else s
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t = exp(dt_t A) x_{t-1} + dt_t u_t B_t; out_t = (C_t x_t + D u_t) silu(z_t). Gu and Dao, "Mamba" (2023).
+
+    Returns (out (b, d, l), last state (b, d, n), the states before every CHUNK-th step (b, chunks, n, d)).
+    """
+    check_values("selective_scan", A, seq_idx)
+    batch, channels, length = u.shape
+    acc = accumulate_dtype(u)
+    u, delta, B, C = (_blank_padding(x, seq_idx) for x in (u, delta, B, C))
+    z = None if z is None else _blank_padding(z, seq_idx)
+    _, dt = _step_sizes(delta.to(acc), None if delta_bias is None else delta_bias.to(acc), delta_softplus)
+    x = torch.zeros(batch, channels, A.shape[1], dtype=acc, device=u.device)
+    if initial_state is not None:
+        x = initial_state.to(acc)
+    decay = torch.exp(dt.unsqueeze(2) * A.to(acc)[:, :, None])  # b d n l
+    inputs = (dt * u.to(acc)).unsqueeze(2) * _per_channel(B.to(acc), batch, channels, length)
+    readout = _per_channel(C.to(acc), batch, channels, length)
+    padding, restart = _marks(seq_idx.flip(1) if seq_idx is not None and reverse else seq_idx, batch, length, u.device)
+
+    outputs, states = [], []
+    for step in range(length):
+        t = length - 1 - step if reverse else step
+        if step % CHUNK == 0:
+            states.append(x.transpose(1, 2))
+        before = torch.where(restart[:, step, None, None], torch.zeros_like(x), x)
+        pad = padding[:, step, None]
+        x = torch.where(pad.unsqueeze(2), x, decay[..., t] * before + inputs[..., t])
+        y = (x * readout[..., t]).sum(2)
+        y = y if D is None else y + D.to(acc) * u[..., t].to(acc)
+        y = y if z is None else y * F.silu(z[..., t].to(acc))
+        outputs.append(torch.where(pad, torch.zeros_like(y), y))
+    if reverse:
+        outputs.reverse()
+    out = torch.stack(outputs, 2) if outputs else u.to(acc)
+    kept = torch.stack(states, 1) if states else x.new_empty(batch, 0, A.shape[1], channels)
+    return out.to(u.dtype), x, kept
+
+
+def selective_scan_backward(
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None for what is None.
+
+    With lam_t the gradient of x_t: lam_t = gy_t C_t + exp(dt_{t+1} A) lam_{t+1}, from the last step to the first.
+    """
+    batch, channels, length = u.shape
+    acc = accumulate_dtype(u)
+    u, delta, B, C, grad_out = (_blank_padding(x, seq_idx) for x in (u, delta, B, C, grad_out))
+    z = None if z is None else _blank_padding(z, seq_idx)
+    s, dt = _step_sizes(delta.to(acc), None if delta_bias is None else delta_bias.to(acc), delta_softplus)
+    wide_u, wide_A = u.to(acc), A.to(acc)
+    b_all = _per_channel(B.to(acc), batch, channels, length)
+    c_all = _per_channel(C.to(acc), batch, channels, length)
+    decay = torch.exp(dt.unsqueeze(2) * wide_A[:, :, None])
+    order = range(length - 1, -1, -1) if reverse else range(length)
+    padding, restart = _marks(seq_idx.flip(1) if seq_idx is not None and reverse else seq_idx, batch, length, u.device)
+
+    x = torch.zeros(batch, channels, A.shape[1], dtype=acc, device=u.device)
+    if initial_state is not None:
+        x = initial_state.to(acc)
+    decayed, states = torch.zeros_like(decay), torch.zeros_like(decay)  # exp(dt A) x_{t-1} and x_t
+    for step, t in enumerate(order):
+        before = torch.where(restart[:, step, None, None], torch.zeros_like(x), x)
+        decayed[..., t] = decay[..., t] * before
+        new = decayed[..., t] + (dt[..., t] * wide_u[..., t]).unsqueeze(2) * b_all[..., t]
+        x = torch.where(padding[:, step, None, None], x, new)
+        states[..., t] = x
+
+    gy = grad_out.to(acc)
+    gz = None
+    if z is not None:
+        wide_z = z.to(acc)
+        y = (states * c_all).sum(2) + (0 if D is None else D.to(acc)[:, None] * wide_u)
+        gate = torch.sigmoid(wide_z)
+        gz = gy * y * gate * (1 + wide_z * (1 - gate))
+        gy = gy * wide_z * gate
+
+    carry = torch.zeros_like(x) if grad_last_state is None else grad_last_state.to(acc)
+    lam = torch.zeros_like(decay)
+    for step, t in reversed(list(enumerate(order))):
+        pad = padding[:, step, None, None]
+        at_t = gy[..., t].unsqueeze(2) * c_all[..., t] + carry
+        lam[..., t] = torch.where(pad, torch.zeros_like(at_t), at_t)
+        through = torch.where(restart[:, step, None, None], torch.zeros_like(at_t), decay[..., t] * at_t)
+        carry = torch.where(pad, carry, through)
+
+    q = (lam * b_all).sum(2)
+    gu = dt * q + (0 if D is None else D.to(acc)[:, None] * gy)
+    gdt = wide_u * q + (lam * decayed * wide_A[:, :, None]).sum(2)
+    gs = gdt * torch.where(s > 20, torch.ones_like(s), torch.sigmoid(s)) if delta_softplus else gdt
+    return (
+        gu.to(u.dtype),
+        gs.to(delta.dtype),
+        (lam * decayed * dt.unsqueeze(2)).sum((0, 3)).to(A.dtype),
+        _to_shape_of(lam * (dt * wide_u).unsqueeze(2), B),
+        _to_shape_of(gy.unsqueeze(2) * states, C),
+        None if D is None else (gy * wide_u).sum((0, 2)).to(D.dtype),
+        None if gz is None or z is None else gz.to(z.dtype),
+        None if delta_bias is None else gs.sum((0, 2)).to(delta_bias.dtype),
+        None if initial_state is None else carry.to(initial_state.dtype),
+    )
+
+
+def _taps(x: Tensor, seq_idx: Tensor | None, initial_states: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """(what each tap reads, zero where it does not count (b, d, l, w); whether it counts (b, 1, l, w)).
+
+    What lies left of step 0 is of the first sequence.
+    """
+    halo = x.new_zeros(*x.shape[:2], width - 1) if initial_states is None else initial_states.to(x.dtype)
+    reads = F.pad(torch.cat([halo, x], 2), (0, 1)).unfold(2, width, 1)[:, :, :-1]  # padded: length 0 has a window too
+    if seq_idx is None or seq_idx.shape[1] == 0:
+        return reads, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
+    ids = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], 1).unfold(1, width, 1)
+    counts = ((ids == seq_idx.unsqueeze(2)) & (seq_idx >= 0).unsqueeze(2)).unsqueeze(1)
+    return reads.where(counts, 0), counts
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """out_t = act(bias + sum_k weight_k x_{t-w+1+k}), depthwise. Returns (out (b, d, l), the last w - 1 inputs)."""
+    check_values("causal_conv1d", None, seq_idx)
+    acc, width = accumulate_dtype(x), weight.shape[1]
+    wide = x.to(acc)
+    reads, _ = _taps(wide, seq_idx, initial_states, width)
+    out = (reads * weight.to(acc)[:, None]).sum(3) + (0 if bias is None else bias.to(acc)[:, None])
+    out = F.silu(out) if silu else out
+    if seq_idx is not None:
+        out = out * (seq_idx >= 0).unsqueeze(1)
+    halo = x.new_zeros(*x.shape[:2], width - 1) if initial_states is None else initial_states.to(x.dtype)
+    return out.to(x.dtype), torch.cat([halo, x], 2)[:, :, x.shape[2] :].clone()
+
+
+def causal_conv1d_backward(
+    grad_out: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, initial_states; None for what is None."""
+    acc, width, length = accumulate_dtype(x), weight.shape[1], x.shape[2]
+    reads, counts = _taps(x.to(acc), seq_idx, initial_states, width)
+    grad = _blank_padding(grad_out, seq_idx).to(acc)
+    if silu:
+        y = (reads * weight.to(acc)[:, None]).sum(3) + (0 if bias is None else bias.to(acc)[:, None])
+        gate = torch.sigmoid(y)
+        grad = grad * gate * (1 + y * (1 - gate))
+    each = grad.unsqueeze(3) * counts * weight.to(acc)[:, None]  # what tap k of step t sends to input t - w + 1 + k
+    inputs = torch.zeros(*x.shape[:2], width - 1 + length, dtype=acc, device=x.device)
+    for k in range(width):
+        inputs[:, :, k : k + length] += each[..., k]
+    if grad_final is not None:
+        inputs[:, :, length:] += grad_final.to(acc)
+    return (
+        inputs[:, :, width - 1 :].to(x.dtype),
+        (grad.unsqueeze(3) * reads).sum((0, 2)).to(weight.dtype),
+        None if bias is None else grad.sum((0, 2)).to(bias.dtype),
+        None if initial_states is None else inputs[:, :, : width - 1].to(initial_states.dtype),
+    )
+
+
+def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """`causal_conv1d` of x (b, d, l) after conv_state (b, d, s >= w - 1), which then holds the last s inputs."""
+    kept, width = conv_state.shape[2], weight.shape[1]
+    out, _ = causal_conv1d(x, weight, bias, None, conv_state[:, :, kept - (width - 1) :], silu)
+    conv_state.copy_(torch.cat([conv_state, x.to(conv_state.dtype)], 2)[:, :, x.shape[2] :])
+    return out
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """One step of `selective_scan`, x (b, d), in place on state (b, d, n)."""
+    out, last, _ = selective_scan(
+        x.unsqueeze(2),
+        dt.unsqueeze(2),
+        A,
+        B.unsqueeze(2),
+        C.unsqueeze(2),
+        D,
+        None if z is None else z.unsqueeze(2),
+        dt_bias,
+        dt_softplus,
+        state,
+    )
+    state.copy_(last)
+    return out.squeeze(2)

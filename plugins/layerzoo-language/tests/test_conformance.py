@@ -1,0 +1,3 @@
+from layerzoo.testing import conformance
+
+test_early_exit_head = conformance("language:early_exit_head")
