@@ -5,6 +5,7 @@ BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml MANIFEST.in
 PLUGINS := $(shell find plugins -name build -prune -o -name '*.egg-info' -prune -o -type f -print)
 CXX_FILES := $(shell find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+OP_TESTS := tests/linear tests/ssm
 PY_FILES := layerzoo tests plugins tools benchmarks setup.py
 # Both sides of every benchmark at AVX2, so that figures of different machines can be compared.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 LAYERZOO_CPU=avx2
@@ -33,8 +34,8 @@ types: .venv/.ready
 
 # The op tests again without the native library, and with each instruction set but the best.
 tests-modes: .venv/.ready
-	LAYERZOO_NATIVE=0 $(BIN)/pytest -q tests/ssm -m "not slow"
-	LAYERZOO_CPU=default $(BIN)/pytest -q tests/ssm -m "not slow"
+	LAYERZOO_NATIVE=0 $(BIN)/pytest -q $(OP_TESTS) -m "not slow"
+	LAYERZOO_CPU=default $(BIN)/pytest -q $(OP_TESTS) -m "not slow"
 
 build: .venv/.ready
 
@@ -43,7 +44,7 @@ cuda: .venv/.ready
 
 # What takes too long for every change: nvcc, the emulator's long schedules, long hypothesis runs, the oldest torch.
 test-full: test cuda
-	HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/ssm
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(OP_TESTS)
 	$(MAKE) test-oldest catalogue
 
 # One library for every torch from 2.10 on: the wheel built here, under torch 2.10.0.
@@ -53,7 +54,7 @@ test-oldest: .venv/.ready
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q torch==2.10.0 numpy pytest hypothesis packaging rich typer
 	.venv-oldest/bin/pip install -q --no-deps --force-reinstall build/oldest/*.whl
-	cd build/oldest && ../../.venv-oldest/bin/pytest -q -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider ../../tests/ssm -m "not slow"
+	cd build/oldest && ../../.venv-oldest/bin/pytest -q -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider $(addprefix ../../,$(OP_TESTS)) -m "not slow"
 
 catalogue: .venv/.ready
 	$(BIN)/python tools/catalogue.py

@@ -1,12 +1,14 @@
 // The table that the library of one instruction set exports, and csrc/library.cpp loads.
 #pragma once
 
+#include "linear/kernels.h"
 #include "ssm/kernels.h"
 
 namespace layerzoo {
 
 struct Kernels {
   const char* isa;
+  LinearKernels linear;
   SsmKernels ssm;
 };
 

@@ -275,6 +275,9 @@ inline Vec<S> load_as(const T* p) {
     return (Vec<S>)(__builtin_convertvector(h, typename VecOf<uint32_t, kLanes<S>>::type) << 16);
 #if defined(__F16C__)
   } else if constexpr (std::is_same_v<S, float> && std::is_same_v<T, Half>) {
+#if defined(__AVX512F__)
+    if constexpr (kBytes == 64) return (Vec<S>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#endif
     Vec<S> v;
     for (int i = 0; i < kLanes<S>; i += 8) {
       const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
@@ -301,6 +304,10 @@ inline void store_as(T* p, Vec<S> v) {
     std::memcpy(p, &h, sizeof h);
 #if defined(__F16C__)
   } else if constexpr (std::is_same_v<S, float> && std::is_same_v<T, Half>) {
+#if defined(__AVX512F__)
+    if constexpr (kBytes == 64)
+      return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
     for (int i = 0; i < kLanes<S>; i += 8) {
       __m256 part;
       std::memcpy(&part, reinterpret_cast<const char*>(&v) + i * 4, sizeof part);

@@ -33,11 +33,25 @@ void store_row(const Operand& x, int64_t offset, int64_t count, const S* row) {
   })
 }
 
+// Whether a row can be read and written where it lies.
+template <class S>
+bool plain(const Operand& x, int64_t count) {
+  return x.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32) && x.time == 1 && count % kLanes<S> == 0;
+}
+
+// A row where it lies if it is plain, else a copy of it in `buffer`.
+template <class S>
+S* row_of(const Operand& x, int64_t offset, int64_t count, S* buffer) {
+  if (plain<S>(x, count)) return static_cast<S*>(x.data) + offset;
+  load_row<S>(x, offset, count, buffer);
+  return buffer;
+}
+
 template <class S>
 void update(const StateUpdateArgs& a, int64_t begin, int64_t end) {
   constexpr int W = kLanes<S>;
   const int64_t units = (a.d + kUnit - 1) / kUnit;
-  alignas(64) S dt[kUnit], dtx[kUnit], y[kUnit], z[W], A[kTile], B[kTile], C[kTile], h[kTile];
+  alignas(64) S dt[kUnit], dtx[kUnit], y[kUnit], z[W], A_[kTile], B_[kTile], C_[kTile], h_[kTile];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / units, d0 = task % units * kUnit;
     const int64_t channels = a.d - d0 < kUnit ? a.d - d0 : kUnit;
@@ -57,11 +71,10 @@ void update(const StateUpdateArgs& a, int64_t begin, int64_t end) {
     }
     for (int64_t n0 = 0; n0 < a.n; n0 += kTile) {
       const int64_t n = a.n - n0 < kTile ? a.n - n0 : kTile;
-      load_row<S>(a.B, a.B.at(b, 0, n0), n, B);
-      load_row<S>(a.C, a.C.at(b, 0, n0), n, C);
+      const S *B = row_of<S>(a.B, a.B.at(b, 0, n0), n, B_), *C = row_of<S>(a.C, a.C.at(b, 0, n0), n, C_);
       for (int64_t c = 0; c < channels; ++c) {
-        load_row<S>(a.A, a.A.at(0, d0 + c, n0), n, A);
-        load_row<S>(a.state, a.state.at(b, d0 + c, n0), n, h);
+        const S* A = row_of<S>(a.A, a.A.at(0, d0 + c, n0), n, A_);
+        S* h = row_of<S>(a.state, a.state.at(b, d0 + c, n0), n, h_);
         Vec<S> sum{};
         for (int64_t i = 0; i < n; i += W) {
           const Vec<S> decay = exp2<S>(load<S>(A + i) * (dt[c] * static_cast<S>(M_LOG2E)));
@@ -70,7 +83,7 @@ void update(const StateUpdateArgs& a, int64_t begin, int64_t end) {
           store<S>(h + i, state);
         }
         y[c] += reduce_add<S>(sum);
-        store_row<S>(a.state, a.state.at(b, d0 + c, n0), n, h);
+        if (h == h_) store_row<S>(a.state, a.state.at(b, d0 + c, n0), n, h);
       }
     }
     for (int64_t i = 0; i < channels; i += W) {

@@ -26,6 +26,8 @@ class Accelerated(nn.Module):
     """
 
     host: ClassVar[type[nn.Module]]
+    # recipes for other classes, applied in every model that has a module of this one
+    companions: ClassVar[tuple[type[Accelerated], ...]] = ()
 
     @classmethod
     def refusal(cls, module: Any) -> str:
@@ -70,10 +72,14 @@ def find_recipe(module: nn.Module, *, verify: bool = False) -> tuple[type[Accele
         recipe: type[Accelerated] = getattr(importlib.import_module(path), name)
     except (ImportError, AttributeError) as error:
         return None, f"the installed host lacks what the recipe is built on: {error}"
-    reason = _changed(recipe) or _patched(module) or recipe.refusal(module)
-    if verify and not reason:
-        reason = _differs(recipe, module)
+    reason = why_not(recipe, module, verify)
     return (None, reason) if reason else (recipe, "")
+
+
+def why_not(recipe: type[Accelerated], module: nn.Module, verify: bool) -> str:
+    """Why the recipe cannot serve a module of its host; empty where it can."""
+    reason = _changed(recipe) or _patched(module) or recipe.refusal(module)
+    return _differs(recipe, module) if verify and not reason else reason
 
 
 def _changed(recipe: type[Accelerated]) -> str:

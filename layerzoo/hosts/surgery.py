@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from layerzoo.hosts.places import Place, Target, places, select
-from layerzoo.hosts.recipe import Accelerated, find_recipe, is_recipe, qualified
+from layerzoo.hosts.recipe import Accelerated, find_recipe, is_recipe, qualified, why_not
 from layerzoo.hosts.report import Entry, Report
 from layerzoo.hosts.transfer import reference_tensor, transfer
 from layerzoo.zoo import registry
@@ -121,17 +121,29 @@ def restore(model: nn.Module) -> Report:
 def _accelerate(model: nn.Module, dry_run: bool, strict: bool, verify: bool) -> tuple[Report, list[nn.Module]]:
     entries: list[Entry] = []
     plan: list[tuple[nn.Module, type[Accelerated]]] = []
-    for place in places(_unwrap(model, "accelerate")):
+    companions: dict[type[nn.Module], type[Accelerated]] = {}
+    everywhere = places(_unwrap(model, "accelerate"))
+    for place in everywhere:
         module, kind = place.module, qualified(type(place.module))
         if isinstance(module, Accelerated):
             entries.append(Entry(place.name, qualified(type(module).host), kind, "already"))
+            companions |= {companion.host: companion for companion in type(module).companions}
             continue
         recipe, reason = find_recipe(module, verify=verify)
         if recipe is not None:
             entries.append(Entry(place.name, kind, qualified(recipe), "accelerated", place.shared))
             plan.append((module, recipe))
+            companions |= {companion.host: companion for companion in recipe.companions}
         elif reason:
             entries.append(Entry(place.name, kind, kind, "refused", reason))
+    for place in everywhere:
+        if companion := companions.get(type(place.module)):
+            kind = qualified(companion.host)
+            if reason := why_not(companion, place.module, verify):
+                entries.append(Entry(place.name, kind, kind, "skipped", reason))
+            else:
+                entries.append(Entry(place.name, kind, qualified(companion), "accelerated", place.shared))
+                plan.append((place.module, companion))
     if strict:
         refused = [f"{entry.name}: {entry.reason}" for entry in entries if entry.action == "refused"]
         if refused or not entries:

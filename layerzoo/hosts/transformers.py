@@ -9,12 +9,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.mamba import modeling_mamba
 
 from layerzoo.hosts.recipe import Accelerated, has_kernel
+from layerzoo.hosts.torch import Linear, linear
 from layerzoo.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 
 CACHE_CALLS = (
@@ -43,6 +43,7 @@ class MambaMixer(Accelerated, modeling_mamba.MambaMixer):
     """
 
     host = modeling_mamba.MambaMixer
+    companions = (Linear,)
 
     @classmethod
     def refusal(cls, module: Any) -> str:
@@ -54,7 +55,8 @@ class MambaMixer(Accelerated, modeling_mamba.MambaMixer):
         if module.activation not in ("silu", "swish"):
             return f"its activation must be silu or swish, got {module.activation}"
         for name, kind in (("conv1d", nn.Conv1d), ("dt_proj", nn.Linear)):  # their weights are used without a call
-            if type(child := getattr(module, name)) is not kind:
+            child = getattr(module, name)
+            if getattr(type(child), "host", type(child)) is not kind:
                 return f"{name} must be a plain {kind.__name__}, got {child}"
             if "_hf_hook" in vars(child):
                 return f"{name} has a device hook (a device map?), which only a call to {name} would run"
@@ -178,7 +180,7 @@ def _dt_B_C(mixer: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
     """x (…, d) -> step sizes before bias and softplus (…, d), B and C (…, n)."""
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
     dt, B, C = mixer.x_proj(x).split_with_sizes(sizes, dim=-1)
-    return F.linear(dt, weight), B, C
+    return linear(dt, weight), B, C
 
 
 def _decay(mixer: Any) -> Tensor:
@@ -186,4 +188,5 @@ def _decay(mixer: Any) -> Tensor:
 
     By exp2, since torch.exp goes to threads of MKL's own, which on a busy machine wait for each other for milliseconds.
     """
-    return -torch.exp2(mixer.A_log.float() * LOG2_E)
+    decay: Tensor = mixer.A_log.float() * LOG2_E
+    return -decay.exp2() if torch.is_grad_enabled() else decay.exp2_().neg_()

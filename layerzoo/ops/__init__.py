@@ -1,8 +1,9 @@
 """The functional API: checks of arguments, then one call into `torch.ops.layerzoo`."""
 
 from layerzoo import _native
+from layerzoo.ops.linear import skinny_linear
 from layerzoo.ops.ssm import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 
 _native.status()  # loads the kernels, or says under LAYERZOO_NATIVE=require why it cannot
 
-__all__ = ["causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update"]
+__all__ = ["causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "skinny_linear"]

@@ -20,12 +20,14 @@ def define(
     setup_context: Op | None = None,
     backward: Op | None = None,
     autocast: tuple[int, ...] = (),
+    inference: bool = False,
 ) -> Op:
     """Defines `layerzoo::<schema>` and returns its overload.
 
     `reference` runs where no kernel is registered, with one warning. `autocast` lists the positions of the arguments
     that an autocast region turns into its own type; all others stay as they are. Without `backward` a gradient through
-    the op is an error that says so.
+    the op is an error that says so; `inference` leaves that out, and the Python call that it costs, for an op that its
+    public function never calls where a gradient is needed.
     """
     name = schema.partition("(")[0]
     qualified = f"layerzoo::{name}"
@@ -38,7 +40,7 @@ def define(
 
     library.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=library)
-    if "!" not in schema:
+    if not inference:
         torch.library.register_autograd(
             qualified, backward or _no_gradient(name), setup_context=setup_context, lib=library
         )

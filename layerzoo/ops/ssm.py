@@ -284,6 +284,7 @@ _update = define(
     "Tensor? dt_bias, bool dt_softplus) -> Tensor",
     reference=lambda state, x, *args: torch.empty_like(x).copy_(reference.selective_state_update(state, x, *args)),
     fake=_update_fake,
+    inference=True,
 )
 
 
@@ -496,6 +497,7 @@ _conv_update = define(
     "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
     reference=lambda x, *args: torch.empty_like(x).copy_(reference.causal_conv1d_update(x, *args)),
     fake=lambda x, *args: torch.empty_like(x),
+    inference=True,
 )
 
 

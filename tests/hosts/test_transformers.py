@@ -17,7 +17,8 @@ from layerzoo.hosts.surgery import accelerate, accelerated, restore
 transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
 modeling_mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
 
-from layerzoo.hosts.transformers import MambaMixer  # noqa: E402  after the skip
+from layerzoo.hosts import torch as hosts_torch  # noqa: E402  after the skip
+from layerzoo.hosts.transformers import MambaMixer  # noqa: E402
 
 VARIANTS = {
     "default": {},
@@ -38,11 +39,15 @@ def tiny(seed: int = 0, **config) -> nn.Module:
     return model
 
 
+def mixers(report) -> int:
+    return sum(entry.new.endswith("MambaMixer") for entry in report)
+
+
 def pair(**config) -> tuple[nn.Module, nn.Module]:
     """The host, and the same model accelerated."""
     host = tiny(**config)
     ours = copy.deepcopy(host)
-    assert len(accelerate(ours, strict=True)) == 3
+    assert mixers(accelerate(ours, strict=True)) == 3
     return host, ours
 
 
@@ -235,11 +240,15 @@ class TestReach:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         expected = model(tokens()).logits
         report = accelerate(model, strict=True, verify=True)
-        assert {entry.new for entry in report} == {"layerzoo.hosts.transformers.MambaMixer"}
+        assert {entry.new for entry in report} == {
+            "layerzoo.hosts.transformers.MambaMixer",
+            "layerzoo.hosts.torch.Linear",
+        }
         assert isinstance(model.backbone.layers[0].mixer, modeling_mamba.MambaMixer)
         assert list(model.state_dict()) == list(before)
         restore(model)
         assert {type(block.mixer) for block in model.backbone.layers} == {modeling_mamba.MambaMixer}
+        assert type(model.lm_head) is type(model.backbone.layers[0].mixer.dt_proj) is nn.Linear
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(model(tokens()).logits, expected)
 
@@ -277,6 +286,36 @@ class TestReach:
         cache = model(tokens()).cache_params
         model(tokens(length=1), cache_params=cache)
         assert [_native.calls(op) - count for op, count in zip(ops, before, strict=True)] == [3, 3, 3, 3]
+
+    @torch.no_grad()
+    def test_linear_layers_run_on_the_kernel_for_few_rows(self, monkeypatch):
+        if not _native.status().loaded:
+            pytest.skip(f"no native library: {_native.status().reason}")
+        monkeypatch.setattr(hosts_torch, "LEAST_WEIGHTS", 0)
+        host, ours = pair(use_bias=True)
+        caches = [model(tokens()).cache_params for model in (host, ours)]
+        before = _native.calls("skinny_linear")
+        token = tokens(length=1)
+        logits = [model(token, cache_params=cache).logits for model, cache in zip((host, ours), caches, strict=True)]
+        assert_close(logits[1], logits[0])
+        assert _native.calls("skinny_linear") - before == 3 * 4 + 1  # in, x, dt and out of each layer, and the head
+        ours(tokens(length=11))
+        assert _native.calls("skinny_linear") - before == 3 * 4 + 1
+
+    def test_linear_layers_that_are_not_plain_are_left_alone(self):
+        model = tiny()
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.complex64))
+        model.backbone.layers[0].mixer.out_proj.forward = lambda x: x
+        skipped = {entry.name: entry.reason for entry in accelerate(model, strict=True) if entry.action == "skipped"}
+        assert list(skipped) == ["backbone.layers.0.mixer.out_proj", "lm_head"]
+        assert "its weight must be a plain parameter, got Parameter of torch.complex64" in skipped["lm_head"]
+        assert not accelerate(nn.Sequential(nn.Linear(2, 2)))
+
+    def test_linear_layers_put_in_later_are_taken_along(self):
+        model = pair()[1]
+        model.lm_head = nn.Linear(24, 61, bias=False)
+        [changed] = [entry for entry in accelerate(model) if entry.action == "accelerated"]
+        assert changed.name == "lm_head"
 
     @pytest.mark.parametrize("train", [False, True])
     def test_compile(self, train):
@@ -328,7 +367,7 @@ class TestRefusals:
         model.backbone.layers[0].mixer.dt_proj.__class__ = Packed
         model.backbone.layers[1].mixer.in_proj.__class__ = Packed  # only called, so it may be anything
         nn.utils.parametrize.register_parametrization(model.backbone.layers[2].mixer.conv1d, "weight", nn.Identity())
-        actions = [(entry.action, entry.reason[:30]) for entry in accelerate(model)]
+        actions = [(entry.action, entry.reason[:30]) for entry in accelerate(model) if entry.name.endswith("mixer")]
         assert actions == [
             ("refused", "dt_proj must be a plain Linear"),
             ("accelerated", ""),

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from layerzoo.bench.case import Case
 
-FAMILIES = ("ssm",)
+FAMILIES = ("linear", "ssm")
 
 
 def all_cases() -> list[Case]:

@@ -7,7 +7,7 @@ from layerzoo.bench.runner import run_case, select
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
 
-@pytest.mark.parametrize("case", select("ssm.*"), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", select("*"), ids=lambda case: case.id)
 def test_ours(case, benchmark):
     ours = run_case(case, [], peers=False, smoke=True).rows[0]
     if ours.status == "absent":
