@@ -16,7 +16,8 @@ from layerzoo import ops
 from layerzoo.cli import app
 
 ROOT = Path(__file__).parents[1]
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "docs/ssm.md")}
+PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", *PAGES)}
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -102,7 +103,7 @@ def test_every_environment_variable_is_in_the_readme() -> None:
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_every_argument_is_on_the_page_of_the_family(op: str) -> None:
-    page = TEXTS["docs/ssm.md"]
+    page = TEXTS[f"docs/{getattr(ops, op).__module__.rpartition('.')[2]}.md"]
     assert f"\n### `{op}`\n" in page
     section = re.split(r"\n##+ ", page.partition(f"\n### `{op}`\n")[2])[0]
     rows = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)
