@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache
 from transformers.models.mamba import modeling_mamba
 
 from layerzoo.hosts.recipe import Accelerated, has_kernel
-from layerzoo.hosts.torch import Linear, linear
+from layerzoo.hosts.torch import Linear
 from layerzoo.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from layerzoo.ops.linear import linear
 
 CACHE_CALLS = (
     "get_conv_state",
@@ -144,7 +145,8 @@ def _scan(
     Channel-last all the way: the ops take the transposed views as they are and answer in the same stride order.
     """
     conv, dt_proj = mixer.conv1d, mixer.dt_proj
-    x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (b, d, l)
+    # Halved before it is transposed, since autograd puts the gradients together as it finds them.
+    x, z = (half.transpose(1, 2) for half in xz.chunk(2, dim=-1))  # (b, d, l)
     before = None
     if cache is not None:
         if conv_state is not None:  # a copy, since the update writes it

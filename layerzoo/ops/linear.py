@@ -1,4 +1,6 @@
-"""Linear layers of shapes that a general matrix product is slow at."""
+"""Linear layers on a CPU: few rows by our own kernel, many through the faster of torch's two libraries."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,3 +47,66 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         return F.linear(x, weight, bias)
     y: Tensor = _skinny_linear(x, weight, bias)
     return y
+
+
+# Rows up to which skinny_linear is faster than torch, which has instructions for bfloat16 on some processors.
+MOST_ROWS = {torch.float64: 8, torch.float32: 8, torch.float16: 8, torch.bfloat16: 4}
+LEAST_WEIGHTS = 2**19  # below, one row costs torch less than our checks
+LEAST_PRODUCTS = 2**24  # likewise for many rows
+
+
+# torch gives float32 products to MKL, which on AMD processors reaches half of what oneDNN does there (docs/linear.md).
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Without AVX-512 its lead is smaller than the copies that the gradient of a weight costs.
+WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()  # its strides would be passed over without a word
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        # contiguous, since oneDNN has no fast code for a slice
+        columns, rows = grad.reshape(-1, weight.shape[0]).contiguous().mT, x.reshape(-1, weight.shape[1]).contiguous()
+        return (
+            _product(grad, weight.mT) if of_x else None,
+            (_product(columns, rows.mT) if WIDE else columns @ rows) if of_weight else None,
+            columns.sum(1) if of_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` by the fastest way on a CPU that there is for the shape; elsewhere torch's own.
+
+    Arguments, result and errors are torch's. Differentiable once where it is not torch's own.
+    """
+    if (
+        not (x.is_cpu and weight.is_cpu)
+        or x.dim() == 0
+        or x.shape[-1] != weight.shape[-1]
+        or x.dtype != weight.dtype
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return F.linear(x, weight, bias)
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.numel() <= MOST_ROWS.get(x.dtype, 0) * x.shape[-1]:
+        few = weight.numel() >= LEAST_WEIGHTS and not needs_gradient
+        return skinny_linear(x, weight, bias) if few else F.linear(x, weight, bias)
+    if x.dtype != torch.float32 or x.numel() * weight.shape[0] < LEAST_PRODUCTS or not ONEDNN:
+        return F.linear(x, weight, bias)
+    return _Product.apply(x, weight, bias) if needs_gradient else _product(x, weight, bias)

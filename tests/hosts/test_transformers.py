@@ -13,12 +13,12 @@ from torch import nn
 
 from layerzoo import _native
 from layerzoo.hosts.surgery import accelerate, accelerated, restore
+from layerzoo.ops import linear as ops_linear
 
 transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
 modeling_mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
 
-from layerzoo.hosts import torch as hosts_torch  # noqa: E402  after the skip
-from layerzoo.hosts.transformers import MambaMixer  # noqa: E402
+from layerzoo.hosts.transformers import MambaMixer  # noqa: E402  after the skip
 
 VARIANTS = {
     "default": {},
@@ -291,7 +291,7 @@ class TestReach:
     def test_linear_layers_run_on_the_kernel_for_few_rows(self, monkeypatch):
         if not _native.status().loaded:
             pytest.skip(f"no native library: {_native.status().reason}")
-        monkeypatch.setattr(hosts_torch, "LEAST_WEIGHTS", 0)
+        monkeypatch.setattr(ops_linear, "LEAST_WEIGHTS", 0)
         host, ours = pair(use_bias=True)
         caches = [model(tokens()).cache_params for model in (host, ours)]
         before = _native.calls("skinny_linear")

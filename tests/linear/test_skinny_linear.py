@@ -86,6 +86,7 @@ def test_nan_and_infinity_arrive() -> None:
     assert torch.equal(got.isinf(), F.linear(x, weight, bias).isinf())
 
 
+@pytest.mark.native
 @given(st.sampled_from([1, 5, 8]), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_same_bits_for_any_number_of_threads(rows: int, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
