@@ -95,15 +95,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Arguments, result and errors are torch's. Differentiable once where it is not torch's own.
     """
+    tensors = [t for t in (x, weight, bias) if t is not None]
     if (
-        not (x.is_cpu and weight.is_cpu)
-        or x.dim() == 0
-        or x.shape[-1] != weight.shape[-1]
-        or x.dtype != weight.dtype
+        x.dim() == 0
+        or weight.dim() != 2
+        or x.shape[-1] != weight.shape[1]
+        or (bias is not None and bias.shape != weight.shape[:1])
+        or any(not t.is_cpu or t.dtype != x.dtype for t in tensors)
         or torch.is_autocast_enabled("cpu")
     ):
         return F.linear(x, weight, bias)
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if x.numel() <= MOST_ROWS.get(x.dtype, 0) * x.shape[-1]:
         few = weight.numel() >= LEAST_WEIGHTS and not needs_gradient
         return skinny_linear(x, weight, bias) if few else F.linear(x, weight, bias)

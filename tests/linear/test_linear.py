@@ -71,6 +71,20 @@ def test_either_way_to_the_gradient_of_the_weight(wide: bool, monkeypatch: pytes
     check(torch.randn(3, 11, 40), torch.randn(31, 40), None)
 
 
+@pytest.mark.parametrize("only", range(3))
+@pytest.mark.parametrize("rows", [1, 9])
+def test_each_gradient_alone(rows: int, only: int) -> None:
+    given = [torch.randn(rows, 40), torch.randn(31, 40), torch.randn(31)]
+    given[only].requires_grad_()
+    [got], [want] = (torch.autograd.grad(way(*given).square().sum(), given[only]) for way in (linear, F.linear))
+    torch.testing.assert_close(got, want)
+
+
+def test_a_vector_as_weight() -> None:
+    x, weight = torch.randn(9, 40), torch.randn(40)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ONEDNN", False)
     check(torch.randn(3, 11, 40), torch.randn(31, 40), torch.randn(31))
@@ -105,9 +119,12 @@ def test_other_types(dtype: torch.dtype) -> None:
         (torch.zeros(9, 3), torch.zeros(5, 4)),
         (torch.zeros(9, 3), torch.zeros(5, 3).double()),
         (torch.tensor(1.0), torch.zeros(5, 3)),
+        (torch.zeros(9, 3), torch.zeros(5, 3), torch.zeros(6)),
+        (torch.zeros(9, 3), torch.zeros(5, 3), torch.zeros(5).double()),
+        (torch.zeros(9, 3), torch.zeros(5, 3, 1)),
     ],
 )
-def test_errors_are_those_of_torch(given: tuple[Tensor, Tensor]) -> None:
+def test_errors_are_those_of_torch(given: tuple[Tensor, ...]) -> None:
     with pytest.raises((RuntimeError, TypeError)) as ours:
         linear(*given)
     with pytest.raises((RuntimeError, TypeError)) as theirs:
