@@ -10,11 +10,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layerzoo.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from layerzoo.ops.linear import linear
 
 Cache = tuple[Tensor, Tensor]
+
+
+class _Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class Mamba(nn.Module):
@@ -69,15 +74,15 @@ class Mamba(nn.Module):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         full: dict[str, Any] = {"device": device, "dtype": torch.float32}
 
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **like)
+        self.in_proj = _Linear(d_model, 2 * self.d_inner, bias=bias, **like)
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **like
         )
-        self.x_proj = nn.Linear(self.d_inner, rank + 2 * d_state, bias=False, **like)
-        self.dt_proj = nn.Linear(rank, self.d_inner, bias=True, **like)
+        self.x_proj = _Linear(self.d_inner, rank + 2 * d_state, bias=False, **like)
+        self.dt_proj = _Linear(rank, self.d_inner, bias=True, **like)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **full))
         self.D = nn.Parameter(torch.empty(self.d_inner, **full))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **like)
+        self.out_proj = _Linear(self.d_inner, d_model, bias=bias, **like)
         # Marks that training code written for mamba-ssm looks for.
         self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
@@ -155,12 +160,12 @@ class Mamba(nn.Module):
             with torch.no_grad():
                 cache[0].copy_(torch.cat([cache[0], recent], 2)[:, :, -self.d_conv :])
                 cache[1].copy_(state)
-        return F.linear(y.transpose(1, 2), self.out_proj.weight, self.out_proj.bias)
+        return linear(y.transpose(1, 2), self.out_proj.weight, self.out_proj.bias)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., d_inner) -> step size before its bias (..., d_inner), B and C (..., d_state)."""
         low, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(low, self.dt_proj.weight), B, C
+        return linear(low, self.dt_proj.weight), B, C
 
     def _decay(self) -> Tensor:
         """A (d_inner, d_state), in float32 or wider."""
