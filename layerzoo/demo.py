@@ -260,12 +260,14 @@ def _prefill(model: Any, ids: Tensor) -> Callable[[], object]:
 
 
 def _decode(model: Any, ids: Tensor, steps: int) -> Callable[[], object]:
+    from layerzoo.hosts.transformers import CACHE
+
     with torch.no_grad():
-        cache = model.eval()(ids, use_cache=True).cache_params
+        cache = {CACHE: model.eval()(ids, use_cache=True)[CACHE]}
 
     @torch.no_grad()
     def call() -> object:
-        return [model(ids[:, i : i + 1], cache_params=cache, use_cache=True).logits for i in range(steps)]
+        return [model(ids[:, i : i + 1], **cache, use_cache=True).logits for i in range(steps)]
 
     return call
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +24,12 @@ class Accelerated(nn.Module):
 
     A recipe is `class X(Accelerated, HostX)` with `host = HostX`, importable by name (so that accelerated modules can
     be pickled), without an `__init__`. Its forward takes exactly the arguments of the host's and needs nothing of
-    `self` that the host does not have.
+    `self` that the host does not have. `renamed` maps what another version of the host calls an argument to our name
+    for it; the forward then has to take both.
     """
 
     host: ClassVar[type[nn.Module]]
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # recipes for other classes, applied in every model that has a module of this one
     companions: ClassVar[tuple[type[Accelerated], ...]] = ()
 
@@ -85,8 +89,8 @@ def why_not(recipe: type[Accelerated], module: nn.Module, verify: bool) -> str:
 def _changed(recipe: type[Accelerated]) -> str:
     """Compares the arguments of the host's forward with ours: another host would give wrong results, not errors."""
     ours, theirs = (
-        [(arg.name, arg.kind, arg.default) for arg in inspect.signature(forward).parameters.values()]
-        for forward in (recipe.forward, recipe.host.forward)
+        [(recipe.renamed.get(arg.name, arg.name), arg.kind, arg.default) for arg in arguments.parameters.values()]
+        for arguments in map(inspect.signature, (recipe.forward, recipe.host.forward))
     )
     if ours == theirs:
         return ""

@@ -5,7 +5,9 @@ Mamba (Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State
 
 from __future__ import annotations
 
+import inspect
 import math
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ CACHE_CALLS = (
     "is_recording_past",
 )
 LOG2_E = math.log2(math.e)
+# What the installed version calls a Mamba model's cache, as an argument and in the output: since 5.24 `cache`.
+CACHE = "cache" if "cache" in inspect.signature(modeling_mamba.MambaForCausalLM.forward).parameters else "cache_params"
 
 
 class MambaMixer(Accelerated, modeling_mamba.MambaMixer):
@@ -44,6 +48,7 @@ class MambaMixer(Accelerated, modeling_mamba.MambaMixer):
     """
 
     host = modeling_mamba.MambaMixer
+    renamed = MappingProxyType({"cache_params": "cache"})
     companions = (Linear,)
 
     @classmethod
@@ -75,29 +80,31 @@ class MambaMixer(Accelerated, modeling_mamba.MambaMixer):
     def forward(
         self,
         hidden_states: Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states (batch, length, hidden), attention_mask (batch, length or more) with 0 at padding, kwargs:
-        seq_idx (batch, length) int32; returns the shape and dtype of hidden_states, and writes the cache in place.
+        seq_idx (batch, length) int32, and cache_params, which transformers before 5.24 calls the cache; returns the
+        shape and dtype of hidden_states, and writes the cache in place.
         """
         length, seq_idx = hidden_states.shape[1], kwargs.get("seq_idx")
+        cache = kwargs.get("cache_params", cache)
         if kwargs.get("cu_seqlens") is not None:
             raise ValueError("MambaMixer: cu_seqlens must be None, packed sequences are told apart by seq_idx")
         mask = None if attention_mask is None else attention_mask[:, -length:, None]
         xz = self.in_proj(_masked(hidden_states, mask))  # (b, l, 2d)
-        if cache_params is None:
+        if cache is None:
             y = _scan(self, xz, mask, seq_idx, None, None, None)
         else:
-            conv_state = cache_params.get_conv_state(self.layer_idx)
-            recurrent_state = cache_params.get_recurrent_state(self.layer_idx)
+            conv_state = cache.get_conv_state(self.layer_idx)
+            recurrent_state = cache.get_recurrent_state(self.layer_idx)
             fresh = conv_state is None or recurrent_state is None
-            in_place = not torch.is_grad_enabled() and not cache_params.is_recording_past(self.layer_idx)
+            in_place = not torch.is_grad_enabled() and not cache.is_recording_past(self.layer_idx)
             if length == 1 and not fresh and in_place and seq_idx is None:
                 y = _step(self, xz, mask, conv_state, recurrent_state)
             else:
-                y = _scan(self, xz, mask, seq_idx, cache_params, conv_state, recurrent_state)
+                y = _scan(self, xz, mask, seq_idx, cache, conv_state, recurrent_state)
         output: Tensor = self.out_proj(y)
         return output
 

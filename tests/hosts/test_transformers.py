@@ -18,7 +18,7 @@ from layerzoo.ops import linear as ops_linear
 transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
 modeling_mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
 
-from layerzoo.hosts.transformers import MambaMixer  # noqa: E402  after the skip
+from layerzoo.hosts.transformers import CACHE, MambaMixer  # noqa: E402  after the skip
 
 VARIANTS = {
     "default": {},
@@ -51,6 +51,11 @@ def pair(**config) -> tuple[nn.Module, nn.Module]:
     return host, ours
 
 
+def cached(output) -> dict:
+    """The argument that hands the cache of an output on to the next call."""
+    return {CACHE: output[CACHE]}
+
+
 def tokens(batch: int = 2, length: int = 11, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -77,17 +82,17 @@ class TestSameAsTheHost:
         ids = tokens(length=length)
         expected, actual = host(ids), ours(ids)
         assert_close(actual.logits, expected.logits)
-        assert_same_cache(actual.cache_params, expected.cache_params)
-        states = [layer.conv_states[0] for layer in actual.cache_params.layers]
-        states += [layer.recurrent_states[0] for layer in actual.cache_params.layers]
+        assert_same_cache(actual[CACHE], expected[CACHE])
+        states = [layer.conv_states[0] for layer in actual[CACHE].layers]
+        states += [layer.recurrent_states[0] for layer in actual[CACHE].layers]
         for step in range(3):
             token = tokens(length=1, seed=step)
-            expected = host(token, cache_params=expected.cache_params)
-            actual = ours(token, cache_params=actual.cache_params)
+            expected = host(token, **cached(expected))
+            actual = ours(token, **cached(actual))
             assert_close(actual.logits, expected.logits)
-            assert_same_cache(actual.cache_params, expected.cache_params)
-        after = [layer.conv_states[0] for layer in actual.cache_params.layers]
-        after += [layer.recurrent_states[0] for layer in actual.cache_params.layers]
+            assert_same_cache(actual[CACHE], expected[CACHE])
+        after = [layer.conv_states[0] for layer in actual[CACHE].layers]
+        after += [layer.recurrent_states[0] for layer in actual[CACHE].layers]
         assert all(one is other for one, other in zip(states, after, strict=True)), "states must be written in place"
 
     @pytest.mark.parametrize("variant", VARIANTS)
@@ -126,10 +131,10 @@ class TestSameAsTheHost:
         mask[0, :4] = 0
         expected, actual = host(ids, attention_mask=mask), ours(ids, attention_mask=mask)
         assert_close(actual.logits, expected.logits)
-        assert_same_cache(actual.cache_params, expected.cache_params)
+        assert_same_cache(actual[CACHE], expected[CACHE])
         one = torch.ones(2, 1)
-        expected = host(ids[:, :1], attention_mask=one, cache_params=expected.cache_params)
-        actual = ours(ids[:, :1], attention_mask=torch.cat([mask, one], 1), cache_params=actual.cache_params)
+        expected = host(ids[:, :1], attention_mask=one, **cached(expected))
+        actual = ours(ids[:, :1], attention_mask=torch.cat([mask, one], 1), **cached(actual))
         assert_close(actual.logits, expected.logits)
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
@@ -141,9 +146,9 @@ class TestSameAsTheHost:
         theirs, mine = host(tokens()), ours(tokens())
         assert mine.logits.dtype == theirs.logits.dtype
         assert_close(mine.logits, exact.logits, tolerance)
-        assert_same_cache(mine.cache_params, theirs.cache_params, 2 * tolerance)
+        assert_same_cache(mine[CACHE], theirs[CACHE], 2 * tolerance)
         token = tokens(length=1)
-        mine, theirs = ours(token, cache_params=mine.cache_params), host(token, cache_params=theirs.cache_params)
+        mine, theirs = ours(token, **cached(mine)), host(token, **cached(theirs))
         assert_close(mine.logits, theirs.logits, 2 * tolerance)
 
     def test_autocast(self):
@@ -153,9 +158,9 @@ class TestSameAsTheHost:
             actual = ours(tokens(), use_cache=False).logits
             with torch.no_grad():
                 output = ours(tokens())
-                output = ours(tokens(length=1), cache_params=output.cache_params)
+                output = ours(tokens(length=1), **cached(output))
                 expected = host(tokens())
-                expected = host(tokens(length=1), cache_params=expected.cache_params)
+                expected = host(tokens(length=1), **cached(expected))
         actual.sum().backward()
         assert_close(actual.float(), exact, 3e-2)
         assert_close(output.logits, expected.logits, 5e-2)
@@ -164,9 +169,9 @@ class TestSameAsTheHost:
     @torch.no_grad()
     def test_a_cache_that_the_host_began(self):
         host, ours = pair()
-        cache, token = host(tokens()).cache_params, tokens(length=1)
-        expected = host(token, cache_params=copy.deepcopy(cache)).logits
-        assert_close(ours(token, cache_params=cache).logits, expected)
+        cache, token = host(tokens())[CACHE], tokens(length=1)
+        expected = host(token, **{CACHE: copy.deepcopy(cache)}).logits
+        assert_close(ours(token, **{CACHE: cache}).logits, expected)
 
     @torch.no_grad()
     def test_recorded_past(self):
@@ -174,11 +179,11 @@ class TestSameAsTheHost:
         caches = []
         for model in (host, ours):
             cache = transformers.DynamicCache(config=model.config)
-            model(tokens(), cache_params=cache)
+            model(tokens(), **{CACHE: cache})
             for layer in cache.layers:
                 layer.activate_past_recording()
             for step in range(2):
-                logits = model(tokens(length=1, seed=step), cache_params=cache).logits
+                logits = model(tokens(length=1, seed=step), **{CACHE: cache}).logits
             caches.append((cache, logits))
         (expected, logits), (actual, ours_logits) = caches
         assert actual.layers[0].conv_states[0].shape[-1] == 4 + 2
@@ -195,11 +200,11 @@ class TestBeyondTheHost:
         expected = host(ids)
         cache, logits = None, []
         for part in ids.tensor_split(cuts, dim=1):
-            output = ours(part, cache_params=cache, use_cache=True)
-            cache = output.cache_params
+            output = ours(part, **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             logits.append(output.logits)
         assert_close(torch.cat(logits, 1), expected.logits)
-        assert_same_cache(cache, expected.cache_params)
+        assert_same_cache(cache, expected[CACHE])
 
     @pytest.mark.parametrize("cut", [10, 6])
     def test_gradients_through_the_cache(self, cut):
@@ -207,7 +212,7 @@ class TestBeyondTheHost:
         ids = tokens()
         host(ids).logits.square().sum().backward()
         first = ours(ids[:, :cut])
-        second = ours(ids[:, cut:], cache_params=first.cache_params)
+        second = ours(ids[:, cut:], **cached(first))
         torch.cat([first.logits, second.logits], 1).square().sum().backward()
         for (name, mine), theirs in zip(ours.named_parameters(), host.parameters(), strict=True):
             assert_close(mine.grad, theirs.grad, 3e-5, name)
@@ -283,8 +288,8 @@ class TestReach:
         ops = ("selective_scan", "causal_conv1d", "selective_state_update", "causal_conv1d_update")
         model = pair()[1]
         before = [_native.calls(op) for op in ops]
-        cache = model(tokens()).cache_params
-        model(tokens(length=1), cache_params=cache)
+        cache = model(tokens())[CACHE]
+        model(tokens(length=1), **{CACHE: cache})
         assert [_native.calls(op) - count for op, count in zip(ops, before, strict=True)] == [3, 3, 3, 3]
 
     @torch.no_grad()
@@ -293,10 +298,10 @@ class TestReach:
             pytest.skip(f"no native library: {_native.status().reason}")
         monkeypatch.setattr(ops_linear, "LEAST_WEIGHTS", 0)
         host, ours = pair(use_bias=True)
-        caches = [model(tokens()).cache_params for model in (host, ours)]
+        caches = [model(tokens())[CACHE] for model in (host, ours)]
         before = _native.calls("skinny_linear")
         token = tokens(length=1)
-        logits = [model(token, cache_params=cache).logits for model, cache in zip((host, ours), caches, strict=True)]
+        logits = [model(token, **{CACHE: cache}).logits for model, cache in zip((host, ours), caches, strict=True)]
         assert_close(logits[1], logits[0])
         assert _native.calls("skinny_linear") - before == 3 * 4 + 1  # in, x, dt and out of each layer, and the head
         ours(tokens(length=11))
@@ -337,11 +342,11 @@ class TestReach:
     def test_compile_decode(self):
         model = pair()[1]
         ids = tokens()
-        eager, traced = model(ids).cache_params, model(ids).cache_params
+        eager, traced = model(ids)[CACHE], model(ids)[CACHE]
         mixer = model.backbone.layers[0].mixer
         step = torch.compile(mixer, fullgraph=True, backend="aot_eager")
         state = torch.randn(2, 1, 24)
-        assert_close(step(state, cache_params=traced), mixer(state, cache_params=eager))
+        assert_close(step(state, **{CACHE: traced}), mixer(state, **{CACHE: eager}))
         assert_same_cache(traced, eager)
 
     def test_importing_surgery_does_not_import_the_host(self):
@@ -391,7 +396,7 @@ class TestRefusals:
         monkeypatch.setattr(modeling_mamba.MambaMixer, "forward", forward)
         report = accelerate(tiny())
         assert not report
-        assert "the installed one is forward(self, hidden_states, cache_params, cache_position, attention_mask)" in str(
+        assert "the installed one is forward(self, hidden_states, cache, cache_position, attention_mask)" in str(
             report.entries[0].reason
         )
 
@@ -400,6 +405,27 @@ class TestRefusals:
         assert accelerate(tiny()).entries[0].reason == "the installed transformers.Cache lacks is_recording_past"
 
     def test_signature_is_the_hosts(self):
+        theirs = inspect.signature(modeling_mamba.MambaMixer.forward).parameters
         assert [*inspect.signature(MambaMixer.forward).parameters] == [
-            *inspect.signature(modeling_mamba.MambaMixer.forward).parameters
+            MambaMixer.renamed.get(name, name) for name in theirs
         ]
+
+    @pytest.mark.parametrize("name", ["cache", "cache_params"])
+    @torch.no_grad()
+    def test_both_names_of_the_cache(self, monkeypatch, name):
+        _, ours = pair()
+        cache, token = ours(tokens())[CACHE], torch.randn(2, 1, 24)
+        mixer = ours.backbone.layers[0].mixer
+        expected = mixer(token, copy.deepcopy(cache))
+        assert torch.equal(mixer(token, **{name: copy.deepcopy(cache)}), expected)
+        assert not torch.equal(mixer(token), expected)
+
+        signature = inspect.signature(modeling_mamba.MambaMixer.forward)
+        arguments = [
+            argument.replace(name=name) if argument.name in ("cache", "cache_params") else argument
+            for argument in signature.parameters.values()
+        ]
+        monkeypatch.setattr(
+            modeling_mamba.MambaMixer.forward, "__signature__", signature.replace(parameters=arguments), raising=False
+        )
+        assert mixers(accelerate(tiny(), strict=True)) == 3

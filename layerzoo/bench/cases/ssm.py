@@ -185,13 +185,15 @@ def _prefill(inputs: dict[str, Any], accelerated: bool = False) -> Work:
 
 def _decode(inputs: dict[str, Any], accelerated: bool = False) -> Work:
     """Token by token, going on from the cache: each call starts where the one before ended."""
+    from layerzoo.hosts.transformers import CACHE
+
     model: Any = _accelerated(inputs["model"]) if accelerated else inputs["model"]
     with torch.no_grad():
-        cache = model(inputs["ids"], use_cache=True).cache_params
+        cache = {CACHE: model(inputs["ids"], use_cache=True)[CACHE]}
 
     def call() -> Tensor:
         return torch.cat(
-            [model(token, cache_params=cache, use_cache=True).logits for token in inputs["ids"].split(1, dim=1)], dim=1
+            [model(token, **cache, use_cache=True).logits for token in inputs["ids"].split(1, dim=1)], dim=1
         )
 
     return Work(call)
