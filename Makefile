@@ -13,17 +13,29 @@ PY_FILES := layerzoo tests plugins tools benchmarks setup.py
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 LAYERZOO_CPU=avx2
 export LAYERZOO_CUDA ?= 0
 
-.PHONY: demo test bench lint build cuda test-full test-oldest catalogue clean types tests-modes
+.PHONY: demo test bench bench-smoke peers readme-table lint build cuda test-full test-oldest catalogue clean types tests-modes
 
 demo: .venv/.ready
 	$(BIN)/layerzoo demo
 
-test: lint types tests-modes
+test: lint types tests-modes bench-smoke
 	$(BIN)/pytest
 	$(BIN)/pytest plugins/layerzoo-language/tests
 
 bench: .venv/.ready
 	$(AVX2) $(BIN)/layerzoo bench $(ARGS)
+
+# Each candidate of each case once, against the reference; nothing is timed.
+bench-smoke: .venv/.ready
+	$(BIN)/pytest -q benchmarks --benchmark-disable
+
+# The packages that the benchmarks compare with.
+peers: .venv/.ready
+	$(BIN)/pip install -q -e .[peers] transformers==$(TRANSFORMERS) --no-build-isolation
+
+# The measured part of the README, from benchmarks/baselines.
+readme-table: .venv/.ready
+	$(BIN)/python tools/readme_table.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check $(PY_FILES)

@@ -9,6 +9,7 @@ extern "C" __attribute__((visibility("default"))) const layerzoo::Kernels* layer
   static const layerzoo::Kernels table = {
       LZ_TEXT(LZ_ISA_NAME),
       {skinny_linear},
+      {multiply_add, exponentials},
       {pack, unpack, sum, selective_scan_scratch, selective_scan, selective_scan_backward_scratch,
        selective_scan_backward, causal_conv1d_scratch, causal_conv1d, causal_conv1d_backward, causal_conv1d_update,
        selective_state_update}};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear/kernels.h"
+#include "probe/kernels.h"
 #include "ssm/kernels.h"
 
 namespace layerzoo {
@@ -9,6 +10,7 @@ namespace layerzoo {
 struct Kernels {
   const char* isa;
   LinearKernels linear;
+  ProbeKernels probe;
   SsmKernels ssm;
 };
 

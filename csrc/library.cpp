@@ -1,6 +1,4 @@
 // Chooses and loads the kernels of one instruction set, and tells Python (by ctypes) what it did.
-#include <dlfcn.h>
-
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -8,44 +6,12 @@
 #include <string>
 
 #include "common/calls.h"
-#include "kernels.h"
+#include "common/load.h"
 
 namespace layerzoo {
 namespace {
 
 constexpr const char* kSets[] = {"avx512", "avx2", "default"};  // best first
-
-bool cpu_has(const std::string& isa) {
-#if defined(__x86_64__)
-  if (isa == "avx512")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && cpu_has("avx2");
-  if (isa == "avx2")
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#endif
-  return isa == "default";
-}
-
-std::string path_of(const std::string& isa) {
-  Dl_info info;
-  dladdr(reinterpret_cast<void*>(&path_of), &info);
-  const std::string self = info.dli_fname;
-  return self.substr(0, self.find_last_of('/') + 1) + "_cpu_" + isa + ".so";
-}
-
-const Kernels* open(const std::string& isa, std::string& error) {
-  if (!cpu_has(isa)) {
-    error = "this processor has no " + isa;
-    return nullptr;
-  }
-  void* library = dlopen(path_of(isa).c_str(), RTLD_NOW | RTLD_LOCAL);
-  void* symbol = library ? dlsym(library, "layerzoo_kernels") : nullptr;
-  if (!symbol) {
-    error = dlerror();
-    return nullptr;
-  }
-  return reinterpret_cast<const Kernels* (*)()>(symbol)();
-}
 
 std::mutex mutex;
 std::atomic<const Kernels*> chosen{nullptr};
@@ -57,11 +23,11 @@ const Kernels* choose(const std::string& isa) {
   if (!chosen) {
     message.clear();
     if (!isa.empty()) {
-      chosen = open(isa, message);
+      chosen = load_kernels(isa, message);
     } else {
       for (const char* set : kSets) {
         std::string error;
-        if ((chosen = open(set, error))) break;
+        if ((chosen = load_kernels(set, error))) break;
         message += (message.empty() ? "" : "; ") + error;
       }
     }

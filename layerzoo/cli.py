@@ -164,22 +164,151 @@ def demo(
 @app.command()
 def bench(
     pattern: Annotated[str, typer.Argument(help="Glob over cases.")] = "*",
+    listed: Annotated[
+        bool, typer.Option("--list", help="Only say which cases, sizes, types and peers there are.")
+    ] = False,
     peers: Annotated[bool, typer.Option(help="Also run the peers that are installed.")] = True,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    threads: Annotated[str, typer.Option(help="Threads of torch, such as 1,2: each in turn.")] = "",
+    dtype: Annotated[str, typer.Option(help="Types, such as float32,bfloat16: each in turn.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    sweep: Annotated[str, typer.Option(help="One size in several values: L=256:65536:x4 or L=1,7,512.")] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the records here.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a page with plots here.")] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="One tiny run of each case.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Also the slowest peers at full size: minutes.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that exist.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Only check each case at a tiny size, without times.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also what takes minutes.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure the machine's limits anew.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Measure nothing; compare two records.")
+    ] = None,
+    against: Annotated[str, typer.Option(metavar="REF", help="Compare with a git commit, built and run in turn.")] = "",
 ) -> None:
-    """Measure ops and layers against peers and the machine's limits."""
+    """Measure ops and layers against peers and the machine's limits; exit code 1 for a wrong result or a regression."""
     with _user_errors():
-        from layerzoo.bench.runner import run
+        for path in filter(None, (json_path, html_path)):
+            _check_output(path, force)
+        if listed:
+            _list_cases(pattern)
+        elif compare is not None or against:
+            _compare(pattern, compare, against, threads, dtype, sweep, json_path)
+        else:
+            _bench(pattern, peers, threads, dtype, device, sweep, json_path, html_path, smoke, full, probe)
 
-        report = run(
-            pattern, peers=peers, threads=threads, json_path=json_path, html_path=html_path, smoke=smoke, full=full
-        )
+
+def _bench(
+    pattern: str,
+    peers: bool,
+    threads: str,
+    dtype: str,
+    device: str,
+    sweep: str,
+    json_path: Path | None,
+    html_path: Path | None,
+    smoke: bool,
+    full: bool,
+    probe: bool,
+) -> None:
+    from layerzoo.bench import limits
+    from layerzoo.bench.runner import run
+    from layerzoo.bench.settings import Sweep
+    from layerzoo.bench.tables import tables
+
+    if html_path is not None:
+        from layerzoo.bench.page import write_page  # before the run, since it may lack the extra [bench]
+    if probe:
+        limits.forget()
+    report = run(
+        pattern,
+        peers=peers,
+        threads=_numbers("threads", threads),
+        dtypes=_words(dtype),
+        device=device,
+        sweep=Sweep.parse(sweep) if sweep else None,
+        smoke=smoke,
+        full=full,
+    )
+    Console().print(tables(report))
+    if json_path is not None:
+        report.save(json_path)
+    if html_path is not None:
+        write_page(report, html_path, limits.machine_rates(max((r.threads for r in report.results), default=1)))
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _compare(
+    pattern: str,
+    files: tuple[Path, Path] | None,
+    ref: str,
+    threads: str,
+    dtype: str,
+    sweep: str,
+    json_path: Path | None,
+) -> None:
+    from layerzoo.bench.settings import Sweep
+
+    if files is not None and ref:
+        raise ValueError("bench: --compare and --against cannot be used together")
+    if files is not None:
+        from layerzoo.bench.compare import compare
+        from layerzoo.bench.report import Report
+
+        found = compare(*map(Report.load, files))
+    else:
+        from layerzoo.bench.against import against
+
+        found = against(
+            ref,
+            pattern,
+            threads=_numbers("threads", threads),
+            dtypes=_words(dtype),
+            sweep=Sweep.parse(sweep) if sweep else None,
+        )
+    Console().print(found)
+    if json_path is not None:
+        json_path.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _list_cases(pattern: str) -> None:
+    from layerzoo.bench.case import imported
+    from layerzoo.bench.cases import select
+
+    cases, problems = select(pattern)
+    table = Table(box=None)
+    for heading in ("case", "sizes", "types", "peers"):
+        table.add_column(heading, overflow="fold")
+    for case in cases:
+        shown = []
+        for peer in case.peers:
+            try:
+                imported(peer.needs) if peer.needs else None
+                shown.append(peer.name)
+            except ImportError as error:
+                shown.append(f"{peer.name} (absent: {error})")
+        sizes = " ".join(f"{size}={value}" for size, value in case.shape.items())
+        table.add_row(*map(_text, (case.id, sizes, ", ".join(case.dtypes), ", ".join(shown))))
+    Console().print(table)
+    for problem in problems:
+        typer.echo(f"layerzoo: {problem}", err=True)
+
+
+def _check_output(path: Path, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"bench: {path} must be in a folder that exists")
+    if path.exists() and not force:
+        raise ValueError(f"bench: {path} exists; --force writes over it")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    if any(not word.isdecimal() for word in _words(text)):
+        raise ValueError(f"bench: {name} must be numbers such as 1,2, got {text!r}")
+    return [int(word) for word in _words(text)]
 
 
 @app.command("new-plugin")

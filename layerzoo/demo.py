@@ -1,7 +1,6 @@
 """`layerzoo demo`: real work in a few minutes, one table and one page. A family adds its part to `PARTS`."""
 
 import copy
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,19 +18,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerzoo
-from layerzoo.bench.report import describe, machine, seconds
+from layerzoo.bench.report import describe, machine
 from layerzoo.bench.runner import interleave
+from layerzoo.bench.tables import seconds
 from layerzoo.nn import Mamba
 from layerzoo.nn.ssm.mamba import Cache
 
 try:
-    import matplotlib as mpl
     from jinja2 import Environment
     from matplotlib.figure import Figure
+
+    from layerzoo.bench.plots import BLUE, GREY, RED, svg
 except ImportError as error:
     raise ImportError(f"the demo needs the extra [bench]: pip install 'layerzoo[bench]' ({error})") from error
-
-GREY, BLUE, RED = "#9aa5b1", "#2563eb", "#dc2626"
 
 
 @dataclass
@@ -58,7 +57,7 @@ def run_demo(out: Path, quick: bool) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         sections = [part(quick, progress) for part in PARTS]
-    host = f"{describe(machine(torch.get_num_threads()))}; {perf_counter() - start:.0f} s in all"
+    host = f"{describe(machine())}; {perf_counter() - start:.0f} s in all"
     table = Table(title="layerzoo demo", caption=host, caption_justify="left")
     for column in ("", "before", "after", "gain"):
         table.add_column(column, justify="right" if column else "left")
@@ -188,7 +187,7 @@ def _loss_plot(losses: list[float], checks: dict[int, float], goal: float) -> st
     axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    return _svg(figure, "loss")
+    return svg(figure, "loss")
 
 
 # ---- a transformers model before and after layerzoo.accelerate ----
@@ -309,16 +308,7 @@ def _time_plot(times: dict[str, tuple[float, float]]) -> str:
     axes.invert_yaxis()
     axes.set(xlabel="time, % of the host's", xlim=(0, 118))
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    return _svg(figure, "times")
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The plot as an element for a page; `name` keeps the ids of several plots apart."""
-    figure.gca().spines[["top", "right"]].set_visible(False)
-    text = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return svg(figure, "times")
 
 
 PARTS: tuple[Part, ...] = (train_and_sample, accelerate_transformers)

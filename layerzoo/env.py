@@ -1,6 +1,7 @@
 """Every environment variable that layerzoo reads, in one typed place."""
 
 import os
+from pathlib import Path
 
 
 def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -34,3 +35,8 @@ def caps() -> dict[str, str | None]:
 def check() -> bool:
     """LAYERZOO_CHECK=1: look at values (ids, marks) on CUDA too, at the price of a synchronisation."""
     return _choice("LAYERZOO_CHECK", "0", ("0", "1")) == "1"
+
+
+def cache() -> Path:
+    """The folder for what can be made again, in XDG_CACHE_HOME or ~/.cache; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "layerzoo")

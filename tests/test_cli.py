@@ -57,7 +57,7 @@ def test_card_shows_what_the_card_says() -> None:
         (["list", "--domain", "nowhere"], "layerzoo: list_layers: domain must be one of"),
         (["new-plugin", "My-Plugin"], "NAME must be a lower-case word"),
         (["new-plugin", "mine", "--out", __file__], "exists and is not an empty folder"),
-        (["bench", "--threads", "0"], "--threads"),
+        (["bench", "--threads", "0"], "threads must be at least 1"),
         (["card"], "Missing argument"),
         (["no-such-command"], "No such command"),
     ],

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor
 
 Direction = Literal["forward", "forward+backward", "prefill", "decode"]
 Shape = Mapping[str, int]
+
+# Relative in norm, of what is compared with the reference (docs of each family: Numerics).
+TOLERANCES = {"float64": 1e-9, "float32": 3e-5, "bfloat16": 3e-2, "float16": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,55 @@ class Work:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to do the work of a case. `build` gets the inputs of the case; its ImportError means: absent here."""
+    """One way to do the work of a case.
+
+    `build` gets the inputs of the case, and what the import string `needs` ("package.module" or
+    "package.module:attribute") names, where there is one. What cannot be imported is shown as absent, with the reason.
+    """
 
     name: str
-    build: Callable[[Any], Work]
+    build: Callable[..., Work]
+    needs: str = ""
     full: bool = False  # takes minutes: measured only when asked for
+
+    def start(self, inputs: Any) -> Work:
+        """Builds the work. Raises ImportError where what it needs is not installed, or another version of it is."""
+        return self.build(inputs, imported(self.needs)) if self.needs else self.build(inputs)
+
+
+def imported(name: str) -> Any:
+    """What an import string names. Raises ImportError, for a missing attribute too."""
+    path, _, attribute = name.partition(":")
+    module = import_module(path)
+    try:
+        return attrgetter(attribute)(module) if attribute else module
+    except AttributeError as error:
+        raise ImportError(f"{path} has no {attribute}") from error
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that a call has to do: every tensor passes once, whatever the implementation.
+
+    The arithmetic is in operations, and a multiply-add counts as two of them.
+    """
+
+    read: float = 0  # bytes
+    written: float = 0  # bytes
+    gathered: float = 0  # bytes, read in rows from random places
+    products: float = 0  # operations of matrix products
+    flops: float = 0  # all other operations but exponentials
+    exps: float = 0
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that pass between memory and the processor."""
+        return self.read + self.written + self.gathered
+
+    @property
+    def operations(self) -> float:
+        """Operations, with an exponential counted as one."""
+        return self.products + self.flops + self.exps
 
 
 @dataclass(frozen=True)
@@ -58,11 +107,12 @@ class Target:
 class Case:
     """A benchmark: `ours` against `peers` at `shape`, after each agreed with `reference` at the small shape `check`.
 
-    At `shape` the first peer that runs is the yardstick for all the others. `inputs` is deterministic, and every
-    candidate gets what it returns.
+    At `shape` the first peer that runs is the yardstick for all the others. `inputs` is deterministic and in float32 on
+    the CPU; the runner casts and moves what it returns (tensors and modules in dicts and lists) to the type and device
+    of the run, all but the `wide` ones, and every candidate gets the same.
     """
 
-    name: str  # family.what
+    name: str  # family.what; in a plugin plugin:what
     variant: str
     direction: Direction
     shape: Shape
@@ -71,14 +121,20 @@ class Case:
     ours: Candidate
     reference: Candidate
     peers: tuple[Candidate, ...] = ()
-    tolerance: float = 3e-5  # of each tensor, relative in norm
+    dtypes: tuple[str, ...] = ("float32",)  # the first is the default
+    devices: tuple[str, ...] = ("cpu",)
+    wide: tuple[str, ...] = ()  # names of inputs that stay in float32 for 16-bit types
+    tolerance: float = 0  # where the type's own (`TOLERANCES`) is too strict
     elements: tuple[str, ...] = ()  # sizes whose product counts elements, for ns/element
     tokens: tuple[str, ...] = ()  # sizes whose product counts tokens, for tokens/s
-    bytes: Callable[[Shape, Any], int] | None = None  # of shape and inputs: what has to be read from memory
-    memory: bool = False  # whether to measure the peak extra memory of ours, relative to its leaves
+    cost: Callable[[Shape, Any], Cost] | None = None  # of a shape and its inputs, whose types tell the bytes
     targets: tuple[Target, ...] = ()
 
     @property
     def id(self) -> str:
         """What patterns are matched with."""
         return "/".join(filter(None, (self.name, self.variant, self.direction)))
+
+    def allowed(self, dtype: str) -> float:
+        """How far from the reference a tensor may be, relative in norm."""
+        return max(self.tolerance, TOLERANCES[dtype])

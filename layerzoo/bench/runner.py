@@ -1,33 +1,30 @@
 """Runs cases: every candidate is checked against the reference, and timed only if it agrees."""
 
-import ctypes
 import gc
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from functools import cache, partial
-from multiprocessing import get_context
-from pathlib import Path
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
+from torch import Tensor, nn
 
-from layerzoo.bench.case import Candidate, Case, Work
-from layerzoo.bench.cases import all_cases
+from layerzoo.bench.case import Candidate, Case, Direction, Work
+from layerzoo.bench.cases import select
+from layerzoo.bench.limits import limits
+from layerzoo.bench.memory import capped, peak_of
 from layerzoo.bench.report import Report, Result, Row, machine
+from layerzoo.bench.settings import Setting, Sweep, check_device, check_dtypes, settings
 
 SLOW = 5.0  # seconds: a candidate that takes longer is timed once
 MINUTE = 60.0  # and where it takes longer than this, its first run is the one that counts
 SECONDS = 8.0  # for the rounds of one case
-ROUNDS = (5, 40)  # at least, at most
+ROUNDS = (7, 40)  # at least, at most; of fewer than six no bounds can be given
 SAMPLE = 0.1  # seconds: shorter calls are repeated within a sample
 
 Note = Callable[[str], None]
@@ -38,35 +35,73 @@ def run(
     pattern: str = "*",
     *,
     peers: bool = True,
-    threads: int | None = None,
-    json_path: Path | None = None,
-    html_path: Path | None = None,
+    threads: Sequence[int] = (),
+    dtypes: Sequence[str] = (),
+    device: str = "cpu",
+    sweep: Sweep | None = None,
     smoke: bool = False,
     full: bool = False,
+    seconds: float = SECONDS,
 ) -> Report:
-    """Measures the cases that `pattern` matches, prints tables and writes files.
+    """Measures the cases that `pattern` matches.
 
     Args:
         pattern: glob over ids such as `ssm.selective_scan/time-last/forward`, or over the beginning before a slash.
-        peers: whether to measure the peers too. threads: of torch; None for all cores.
-        json_path, html_path: files to write, in folders that exist.
+        peers: whether to measure the peers too. threads: of torch, each in turn; by default all cores.
+        dtypes: each in turn, for the cases that have it; by default the first of each case. device: cpu or cuda.
+        sweep: one size with several values, for the cases that have it.
         smoke: only the check of each candidate at a tiny shape. full: also candidates that take minutes.
+        seconds: for the rounds of one case.
 
     Returns the report, whose `ok` tells whether every result was right. Ctrl-C keeps what was measured so far.
 
-    Raises ValueError where no case matches, `threads` is not positive or a folder is missing.
+    Raises ValueError where no case matches, or none has the size, type or device; for another type or device than there
+    are, an absent one, or a number of threads that is not positive.
     """
-    chosen = select(pattern)
-    if threads is not None and threads < 1:
-        raise ValueError(f"bench: threads must be at least 1, got {threads}")
-    for path in (json_path, html_path):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"bench: {path} must be in a folder that exists")
+    plan, problems = planned(pattern, threads, dtypes, device, sweep)
+    report = Report(machine(), problems=problems)
+    progress = progress_bar()
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    report = Report(machine(torch.get_num_threads()))
-    # no refreshing thread: it would run beside what is measured
-    progress = Progress(
+    try:
+        with progress, capped():
+            task = progress.add_task("", total=len(plan))
+            for case, setting in plan:
+
+                def note(what: str, name: str = case.id) -> None:
+                    progress.update(task, description=f"{name}: {what}", refresh=True)
+
+                torch.set_num_threads(setting.threads)
+                run_case(case, setting, report.results, note, peers=peers, smoke=smoke, full=full, seconds=seconds)
+                progress.advance(task)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    finally:
+        torch.set_num_threads(before)
+    return report
+
+
+def planned(
+    pattern: str, threads: Sequence[int], dtypes: Sequence[str], device: str, sweep: Sweep | None
+) -> tuple[list[tuple[Case, Setting]], list[str]]:
+    """What is to be measured, and what cannot be (as `select`). Raises ValueError as `run` does."""
+    check_device(device)
+    check_dtypes(dtypes)
+    for count in threads:
+        if count < 1:
+            raise ValueError(f"bench: threads must be at least 1, got {count}")
+    chosen, problems = select(pattern)
+    counts = list(threads) or [os.cpu_count() or 1]
+    plan = [(case, setting) for case in chosen for setting in settings(case, counts, dtypes, device, sweep)]
+    if not plan:
+        wanted = ", ".join([*([f"a size {sweep.size}"] if sweep else []), *dtypes, device])
+        sizes = ", ".join(sorted({size for case in chosen for size in case.shape}))
+        raise ValueError(f"bench: no case of {pattern!r} has {wanted}; their sizes are {sizes}")
+    return plan, problems
+
+
+def progress_bar() -> Progress:
+    """On the standard error stream. No thread refreshes it: that would run beside what is measured."""
+    return Progress(
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -75,41 +110,12 @@ def run(
         auto_refresh=False,
         transient=True,
     )
-    try:
-        with progress:
-            task = progress.add_task("", total=len(chosen))
-            for case in chosen:
-
-                def note(what: str, name: str = case.id) -> None:
-                    progress.update(task, description=f"{name}: {what}", refresh=True)
-
-                run_case(case, report.results, note, peers=peers, smoke=smoke, full=full)
-                progress.advance(task)
-    except KeyboardInterrupt:
-        report.interrupted = True
-    finally:
-        torch.set_num_threads(before)
-    Console().print(report)
-    if json_path is not None:
-        report.save(json_path)
-    if html_path is not None:
-        report.save_html(html_path)
-    return report
-
-
-def select(pattern: str) -> list[Case]:
-    """The cases whose id, or whose id before a slash, matches."""
-    cases = all_cases()
-    chosen = [case for case in cases if fnmatchcase(case.id, pattern) or fnmatchcase(case.id, f"{pattern}/*")]
-    if not chosen:
-        names = ", ".join(sorted({case.name for case in cases}))
-        raise ValueError(f"bench: pattern must match a case, got {pattern!r}; there are {names}")
-    return chosen
 
 
 def run_case(
     case: Case,
-    results: list[Result],
+    setting: Setting | None = None,
+    results: list[Result] | None = None,
     note: Note = lambda what: None,
     *,
     peers: bool = True,
@@ -117,44 +123,79 @@ def run_case(
     full: bool = False,
     seconds: float = SECONDS,
 ) -> Result:
-    """Appends the result of a case to `results` before anything runs, so that an interruption keeps what there is."""
+    """Appends the result of a case to `results` before anything runs, so that an interruption keeps what there is.
+
+    Earlier results of the same sweep there tell how long a slow candidate would take.
+    """
+    setting = setting or Setting(case.shape, case.dtypes[0], threads=torch.get_num_threads())
+    results = [] if results is None else results
     pairs = [(candidate, Row(candidate.name)) for candidate in (case.ours, *(case.peers if peers else ()))]
-    shape = case.check if smoke else case.shape
-    result = Result(case.name, case.variant, case.direction, dict(shape), [row for _, row in pairs])
+    result = Result(
+        case.name,
+        case.variant,
+        case.direction,
+        dict(case.check if smoke else setting.shape),
+        [row for _, row in pairs],
+        setting.dtype,
+        setting.device,
+        setting.threads,
+        setting.swept,
+    )
+    if not full:
+        _skip_what_would_take_long(result, results)
     results.append(result)
     note("checking")
     with _attempt(*result.rows):
-        inputs = case.inputs(case.check)
-        expected = case.reference.build(inputs).run(case.direction)
+        inputs = inputs_of(case, case.check, setting)
+        expected = case.reference.start(inputs).run(case.direction)
         for candidate, row in pairs:
-            with _attempt(row):
-                _judge(row, candidate.build(inputs).run(case.direction), expected, case.tolerance)
+            if row.status == "ok":
+                with _attempt(row):
+                    _judge(row, candidate.start(inputs).run(case.direction), expected, case.allowed(setting.dtype))
     if not smoke:
         with _attempt(*result.rows):
-            _measure(case, result, pairs, note, full=full, seconds=seconds)
+            _measure(case, setting, result, pairs, note, full=full, seconds=seconds)
     return result
 
 
-def _measure(case: Case, result: Result, pairs: list[Pair], note: Note, *, full: bool, seconds: float) -> None:
-    inputs = case.inputs(case.shape)
-    result.elements = math.prod(case.shape[size] for size in case.elements) if case.elements else None
-    result.tokens = math.prod(case.shape[size] for size in case.tokens) if case.tokens else None
-    result.targets = list(case.targets)
-    if case.bytes:
-        result.bytes, result.bandwidth = case.bytes(case.shape, inputs), _bandwidth(torch.get_num_threads())
-    timed = _warm_up(case, inputs, pairs, note, full)
+def inputs_of(case: Case, shape: Mapping[str, int], setting: Setting) -> Any:
+    """The inputs of a case in the type and on the device of a setting."""
+    dtype = getattr(torch, setting.dtype)
+
+    def placed(value: Any, name: str = "") -> Any:
+        if isinstance(value, Tensor):
+            wide = not value.is_floating_point() or (name in case.wide and dtype.itemsize < 4)
+            return value.to(setting.device, value.dtype if wide else dtype)
+        if isinstance(value, nn.Module):
+            return value.to(setting.device, dtype)
+        if isinstance(value, dict):
+            return {key: placed(item, key) for key, item in value.items()}
+        return [placed(item) for item in value] if isinstance(value, list) else value
+
+    return placed(case.inputs(shape))
+
+
+def _measure(
+    case: Case, setting: Setting, result: Result, pairs: list[Pair], note: Note, *, full: bool, seconds: float
+) -> None:
+    inputs = inputs_of(case, setting.shape, setting)
+    result.elements = math.prod(setting.shape[size] for size in case.elements) if case.elements else None
+    result.tokens = math.prod(setting.shape[size] for size in case.tokens) if case.tokens else None
+    result.targets = list(case.targets) if setting.shape == case.shape and setting.dtype == case.dtypes[0] else []
+    timed = _warm_up(case, setting, result, inputs, pairs, note, full)
     note("timing")
     interleave([work for work, _ in timed], [row.samples for _, row in timed], seconds=seconds)
-    if case.memory and result.rows[0].samples:
-        note("memory")
-        result.memory = peak_memory(case)
+    if case.cost and setting.device == "cpu":
+        result.cost = case.cost(setting.shape, inputs)
+        note("probing the machine")
+        result.limit, result.bound = limits(result.cost, setting.dtype, setting.threads) or (None, "")
 
 
 def _warm_up(
-    case: Case, inputs: Any, pairs: list[Pair], note: Note, full: bool
+    case: Case, setting: Setting, result: Result, inputs: Any, pairs: list[Pair], note: Note, full: bool
 ) -> list[tuple[Callable[[], object], Row]]:
     """Runs each candidate once, drops those that differ from the first peer, and returns those to be timed."""
-    ready: list[tuple[Work, Row, float]] = []
+    ready: list[tuple[Callable[[], object], Row, float]] = []
     outcomes: dict[str, dict[str, Tensor]] = {}
     for candidate, row in pairs:
         if row.status != "ok":
@@ -164,25 +205,48 @@ def _warm_up(
             continue
         note(f"first run of {candidate.name}")
         with _attempt(row):
-            work = candidate.build(inputs)
+            work = candidate.start(inputs)
+            if row is result.ours:
+                result.inputs = sum(leaf.nbytes for leaf in work.leaves.values()) or None
+            call: Callable[[], dict[str, Tensor]] = partial(finished, work, case.direction, setting.device)
             start = perf_counter()
-            outcomes[row.name] = work.run(case.direction)
+            outcomes[row.name], row.memory = peak_of(call, setting.device)
             elapsed = perf_counter() - start
             if SLOW < elapsed <= MINUTE:  # the first run also pays for fresh memory
-                elapsed = _time(partial(work.run, case.direction), 1)
-            ready.append((work, row, elapsed))
+                elapsed = time_of(call, 1)
+            ready.append((call, row, elapsed))
     yardstick = next((row.name for _, row in pairs[1:] if row.name in outcomes), None)
+    if setting.dtype not in ("float32", "float64"):
+        yardstick = None  # a peer that sums in 16 bits is no yardstick
     timed: list[tuple[Callable[[], object], Row]] = []
-    for work, row, elapsed in ready:
+    for again, row, elapsed in ready:
         if yardstick not in (None, row.name):
-            _judge(row, outcomes[row.name], outcomes[yardstick], case.tolerance, f" from {yardstick} at full size")
+            allowed, whom = case.allowed(setting.dtype), f" from {yardstick} at full size"
+            _judge(row, outcomes[row.name], outcomes[yardstick], allowed, whom)
         if row.status == "wrong":
             continue
         if elapsed > SLOW:
             row.status, row.samples = "once", [elapsed]
         else:
-            timed.append((partial(work.run, case.direction), row))
+            timed.append((again, row))
     return timed
+
+
+def _skip_what_would_take_long(result: Result, earlier: list[Result]) -> None:
+    """In a sweep, leaves out a candidate that would take minutes by what it took at the size before, or failed there.
+
+    A failure may have been a lack of memory, and more is not tried.
+    """
+    series = (result.id, result.swept, result.dtype, result.device, result.threads)
+    before = [r for r in earlier if result.swept and (r.id, r.swept, r.dtype, r.device, r.threads) == series]
+    if not before:
+        return
+    growth = result.shape[result.swept] / before[-1].shape[result.swept]
+    for row, last in zip(result.rows, before[-1].rows, strict=True):
+        if last.samples and last.median * growth > MINUTE:
+            row.status, row.reason = "skipped", f"would take about {last.median * growth:.0f} s: only in a full run"
+        elif last.status in ("skipped", "failed") and growth > 1:
+            row.status, row.reason = "skipped", f"{last.status} at {result.swept}{before[-1].shape[result.swept]}"
 
 
 def interleave(
@@ -192,27 +256,37 @@ def interleave(
     seconds: float,
     rounds: tuple[int, int] = ROUNDS,
 ) -> None:
-    """Times the calls in turn, A B A B, and appends seconds per call to `samples`; garbage collection is off.
+    """Times the calls in turn, A B C, B C A, C A B, and appends seconds per call to `samples`, one for each round.
 
-    Stops after `seconds`, but not before the first of `rounds`, and not after the second. A warm-up goes before.
+    Each goes first, and follows each other, equally often: what a call leaves behind (a cold cache, a busy allocator)
+    burdens no one alone. Garbage collection is off. Stops after `seconds`, but not before the first of `rounds`, and
+    not after the second. A warm-up goes before.
     """
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        repeats = [max(1, math.ceil(SAMPLE / _time(call, 1))) for call in calls]
+        repeats = [max(1, math.ceil(SAMPLE / time_of(call, 1))) for call in calls]
         start = perf_counter()
         for done in range(rounds[1]):
             if done >= rounds[0] and perf_counter() - start > seconds:
                 break
-            for call, kept, times in zip(calls, samples, repeats, strict=True):
-                kept.append(_time(call, times))
+            for place in range(len(calls)):
+                turn = (place + done) % len(calls)
+                samples[turn].append(time_of(calls[turn], repeats[turn]))
     finally:
         if collecting:
             gc.enable()
 
 
-def _time(call: Callable[[], object], times: int) -> float:
+def finished(work: Work, direction: Direction, device: str) -> dict[str, Tensor]:
+    outcome = work.run(direction)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return outcome
+
+
+def time_of(call: Callable[[], object], times: int) -> float:
     start = perf_counter()
     for _ in range(times):
         call()
@@ -253,42 +327,3 @@ def _distance(actual: Tensor, expected: Tensor) -> float:
         return math.inf
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-@cache
-def _bandwidth(threads: int) -> float | None:
-    try:
-        from layerzoo import _C
-    except ImportError:
-        return None
-    return float(_C.read_bandwidth(256, threads))
-
-
-def peak_memory(case: Case) -> float | None:
-    """Peak extra memory of one call of ours, over the bytes of its leaves; in a process of its own. Linux only."""
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peak_memory, case, torch.get_num_threads()).result()
-
-
-def _peak_memory(case: Case, threads: int) -> float:
-    torch.set_num_threads(threads)
-    case.ours.build(case.inputs(case.check)).run(case.direction)  # loads libraries and starts threads
-    work = case.ours.build(case.inputs(case.shape))
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)  # else the call would be served with memory that counts as taken before
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the peak to what is resident now
-    before = _resident("VmRSS")
-    outcome = work.run(case.direction)
-    extra = _resident("VmHWM") - before
-    del outcome  # was part of the peak
-    return extra / sum(leaf.nbytes for leaf in work.leaves.values())
-
-
-def _resident(what: str) -> int:
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024

@@ -26,6 +26,7 @@ _WORD = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
 _NAME = re.compile(r"[a-z][a-z0-9_]*[/:][a-z][a-z0-9_]*", re.ASCII)
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _DIM = re.compile(r"[A-Za-z_]\w*|[1-9][0-9]*", re.ASCII)
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
@@ -181,8 +182,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; there is {', '.join(choices) if choices else 'none'}"
 
 
-def parse_manifest(text: str, plugin: str | None) -> tuple[LayerCard, ...]:
-    """The cards of a manifest; ``plugin`` is the name that prefixes them, None for the core's own.
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a package brings: layers, and the module that holds its benchmark cases, or ""."""
+
+    cards: tuple[LayerCard, ...]
+    bench: str = ""
+
+
+def parse_manifest(text: str, plugin: str | None) -> Manifest:
+    """Reads a manifest; ``plugin`` is the name that prefixes its layers, None for the core's own.
 
     Raises:
         ManifestError: the text is not TOML, or a key is unknown, missing or wrong; the message names it.
@@ -198,11 +207,14 @@ def parse_manifest(text: str, plugin: str | None) -> tuple[LayerCard, ...]:
         advice = "upgrade layerzoo" if api > API else "upgrade the plugin"
         raise ManifestError(f"the manifest speaks api {api}, this layerzoo reads api {API}: {advice}")
     _fields(manifest, "manifest", _MANIFEST)
-    return tuple(_card(key, table, plugin) for key, table in manifest["layers"].items())
+    bench = manifest.get("bench", "")
+    if bench and not _MODULE.fullmatch(bench):
+        raise ManifestError(f"manifest.bench must be a module like package.bench, got {bench!r}")
+    return Manifest(tuple(_card(key, table, plugin) for key, table in manifest["layers"].items()), bench)
 
 
 # A schema: key -> (kind, required). The kinds are the keys of _KINDS.
-_MANIFEST = {"api": ("an integer", True), "layers": ("a table", True)}
+_MANIFEST = {"api": ("an integer", True), "layers": ("a table", True), "bench": ("text", False)}
 _LAYER = {
     "target": ("text", True),
     "domain": ("text", True),

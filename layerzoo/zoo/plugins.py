@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from layerzoo import env
-from layerzoo.zoo.card import LayerCard, ManifestError, parse_manifest
+from layerzoo.zoo.card import LayerCard, Manifest, ManifestError, parse_manifest
 
 GROUP = "layerzoo.plugins"
 MANIFEST = "layerzoo.toml"
@@ -48,6 +48,7 @@ class PluginInfo:
     version: str = ""
     manifest: str = ""
     cards: tuple[LayerCard, ...] = ()
+    bench: str = ""  # the module of its benchmark cases
 
 
 def plugins() -> list[PluginInfo]:
@@ -151,7 +152,8 @@ def _read(entry: metadata.EntryPoint, info: PluginInfo) -> PluginInfo:
         stat = path.stat()
         if stat.st_size > _MAX_BYTES:
             raise ManifestError(f"the manifest has {stat.st_size} bytes, at most {_MAX_BYTES} are read")
-        return replace(info, state="ok", cards=_parse(str(path), stat.st_mtime_ns, stat.st_size, entry.name))
+        found = _parse(str(path), stat.st_mtime_ns, stat.st_size, entry.name)
+        return replace(info, state="ok", cards=found.cards, bench=found.bench)
     except ManifestError as error:
         return replace(info, error=str(error))
     except Exception as error:  # isolation: whatever is wrong with one plugin stays with it
@@ -171,6 +173,6 @@ def _locate(package: str) -> Path:
 
 
 @functools.lru_cache(maxsize=256)
-def _parse(path: str, mtime_ns: int, size: int, plugin: str) -> tuple[LayerCard, ...]:
+def _parse(path: str, mtime_ns: int, size: int, plugin: str) -> Manifest:
     """Successes are cached by the file's state; lru_cache keeps no exceptions."""
     return parse_manifest(Path(path).read_text(encoding="utf-8"), plugin)

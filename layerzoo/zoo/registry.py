@@ -132,7 +132,7 @@ def all_cards() -> dict[str, LayerCard]:
 @functools.cache
 def _core() -> Mapping[str, LayerCard]:
     text = files("layerzoo").joinpath(MANIFEST).read_text(encoding="utf-8")
-    return {card.name: card for card in parse_manifest(text, None)}
+    return {card.name: card for card in parse_manifest(text, None).cards}
 
 
 def _notebook() -> Mapping[str, LayerCard]:

@@ -38,7 +38,7 @@ dims = { batch = 2 }
 
 
 def test_a_manifest_becomes_cards() -> None:
-    (memory,) = parse_manifest(GOOD, "mine")
+    (memory,) = parse_manifest(GOOD, "mine").cards
     assert memory.name == "mine:memory"
     assert memory.paper is not None
     assert memory.paper.catalogue == 7
@@ -47,11 +47,11 @@ def test_a_manifest_becomes_cards() -> None:
     assert memory.config["scale"].default is None
     assert memory.inputs == {"x": ("batch", "dim", "3")}
     assert memory.sizes({"dim": 8}) == {"batch": 2, "dim": 8, "heads": 4}
-    assert parse_manifest(GOOD, None)[0].name == "memory/memory"
+    assert parse_manifest(GOOD, None).cards[0].name == "memory/memory"
 
 
 def test_a_card_is_jsonable() -> None:
-    data = json.loads(json.dumps(parse_manifest(GOOD, "mine")[0].to_dict()))
+    data = json.loads(json.dumps(parse_manifest(GOOD, "mine").cards[0].to_dict()))
     assert data["config"]["dim"] == {"type": "int", "choices": [], "summary": "", "required": True}
     assert data["config"]["heads"]["default"] == 4
     assert data["outputs"] == {"y": ["batch", "dim"]}
@@ -66,6 +66,7 @@ def test_a_card_is_jsonable() -> None:
         ("api = 1", "", "api must be an integer, got None"),
         ("api = 1", "api = ", "not TOML"),
         ("api = 1", "api = 1\nx = " + "[" * 100_000, "not TOML"),
+        ("api = 1", "api = 1\nbench = '../evil'", "manifest.bench must be a module like package.bench, got '../evil'"),
         ("api = 1", "api = 1\nlayer = 3", "manifest has an unknown key 'layer'; did you mean 'layers'"),
         ("dtypes =", "dtype =", "layers.memory has an unknown key 'dtype'; did you mean 'dtypes'"),
         ('dtypes = ["float32"]', 'dtypes = "float32"', "layers.memory.dtypes must be a list of texts, got 'float32'"),
@@ -114,11 +115,11 @@ def test_a_wrong_manifest_is_named(old: str, new: str, message: str) -> None:
 )
 def test_a_wrong_configuration_is_named(config: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        parse_manifest(GOOD, "mine")[0].check_config(config)
+        parse_manifest(GOOD, "mine").cards[0].check_config(config)
 
 
 def test_right_configurations_pass() -> None:
-    memory = parse_manifest(GOOD, "mine")[0]
+    memory = parse_manifest(GOOD, "mine").cards[0]
     for config in ({"rank": 3}, {"rank": "auto"}, {"scale": 1}, {"scale": None}, {"mode": "exact"}, {"dtype": "any"}):
         memory.check_config({"dim": 8, **config})
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo import ops
-from layerzoo.bench.case import Candidate, Case, Shape, Work
+from layerzoo.bench.case import Candidate, Case, Cost, Shape, Work
 
 
 def _inputs(shape: Shape) -> list[Tensor]:
@@ -34,8 +34,13 @@ def _reference(inputs: list[Tensor]) -> Work:
     return _work(F.linear, [x.double() for x in inputs])
 
 
-def _read(shape: Shape, inputs: list[Tensor]) -> int:
-    return sum(x.nbytes for x in inputs)
+def _cost(shape: Shape, inputs: list[Tensor]) -> Cost:
+    rows = shape["M"] * shape["layers"]
+    return Cost(
+        read=sum(x.nbytes for x in inputs),
+        written=rows * shape["N"] * inputs[0].element_size(),
+        products=2 * rows * shape["K"] * shape["N"],
+    )
 
 
 CASES = tuple(
@@ -50,7 +55,8 @@ CASES = tuple(
         reference=Candidate("reference", _reference),
         peers=(Candidate("torch", _torch),),
         tokens=("M",),
-        bytes=_read,
+        dtypes=("float32", "bfloat16", "float16", "float64"),
+        cost=_cost,
     )
     for rows in (1, 4, 8)
 )

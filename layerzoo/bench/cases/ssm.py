@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerzoo import ops, reference
-from layerzoo.bench.case import Candidate, Case, Shape, Target, Work
+from layerzoo.bench.case import Candidate, Case, Cost, Shape, Target, Work
 
 Tensors = dict[str, Tensor]
 
@@ -63,16 +63,13 @@ def _scan_reference(inputs: Tensors) -> Work:
     return Work(lambda: scan(**leaves, delta_softplus=True)[0], leaves, inputs["grad_out"].double())
 
 
-def _scan_transformers(inputs: Tensors) -> Work:
-    _transformers()
-    scan = import_module("transformers.models.mamba.modeling_mamba").mamba_selective_scan
+def _scan_transformers(inputs: Tensors, scan: Any) -> Work:
     leaves: Any = _leaves(inputs)
     rest = {name: leaves[name] for name in ("A", "B", "C", "D", "z", "delta_bias")}
     return Work(lambda: scan(leaves["u"], leaves["delta"], **rest, delta_softplus=True), leaves, inputs["grad_out"])
 
 
-def _scan_mambapy(inputs: Tensors) -> Work:
-    scan = import_module("mambapy.mamba").MambaBlock.selective_scan
+def _scan_mambapy(inputs: Tensors, scan: Any) -> Work:
     leaves = _leaves(inputs)
     u, delta, A, B, C, D, z, bias = (leaves[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
 
@@ -82,6 +79,21 @@ def _scan_mambapy(inputs: Tensors) -> Work:
         return y.transpose(1, 2)
 
     return Work(call, leaves, inputs["grad_out"])
+
+
+def _scan_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
+    """Of one state of one channel at one step: dt A, the exponential, h = decay h + dt u B and y += C h forward.
+
+    Backward: h again, the adjoint state, and from it the gradients of dt u, dt, A, B and C. Of one channel at one step
+    besides: softplus and the gate.
+    """
+    steps = shape["B"] * shape["D"] * shape["L"]
+    states = steps * shape["N"]
+    given = sum(x.nbytes for name, x in inputs.items() if name != "grad_out")
+    out = inputs["u"].nbytes
+    if not backward:
+        return Cost(read=given, written=out, flops=6 * states + 10 * steps, exps=states + 2 * steps)
+    return Cost(read=2 * given + out, written=given + out, flops=25 * states + 30 * steps, exps=states + 2 * steps)
 
 
 # ---- causal_conv1d ----
@@ -118,6 +130,14 @@ def _conv_plain(inputs: Tensors, dtype: torch.dtype | None = None) -> Work:
     return Work(call, leaves, inputs["grad_out"].to(dtype))
 
 
+def _conv_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
+    """A convolution forward; again backward, for the activation, and one each for the gradients of x and the weight."""
+    steps, x = shape["B"] * shape["D"] * shape["L"], inputs["x"].nbytes
+    if not backward:
+        return Cost(read=x, written=x, flops=steps * (2 * shape["W"] + 3), exps=steps)
+    return Cost(read=3 * x, written=2 * x, flops=steps * (8 * shape["W"] + 12), exps=2 * steps)
+
+
 # ---- transformers' Mamba block ----
 
 
@@ -142,15 +162,15 @@ def _block_accelerated(inputs: dict[str, Any]) -> Work:
     return _block_work(_accelerated(inputs["mixer"]), inputs)
 
 
-def _block_host_mambapy(inputs: dict[str, Any]) -> Work:
-    import_module("mambapy.pscan")  # the host would fall back to its loop without a word
+def _block_host_mambapy(inputs: dict[str, Any], pscan: object) -> Work:
+    """With the option that falls back to the loop, without a word, where mambapy is not installed."""
     mixer = copy.deepcopy(inputs["mixer"])
     mixer.use_mambapy = True
     return _block_work(mixer, inputs)
 
 
-def _block_mambapy(inputs: dict[str, Any]) -> Work:
-    mambapy, mixer = import_module("mambapy.mamba"), inputs["mixer"]
+def _block_mambapy(inputs: dict[str, Any], mambapy: Any) -> Work:
+    mixer = inputs["mixer"]
     block = mambapy.MambaBlock(mambapy.MambaConfig(mixer.hidden_size, n_layers=1, d_state=mixer.ssm_state_size))
     block.load_state_dict(mixer.state_dict())
     return _block_work(block, inputs)
@@ -199,15 +219,44 @@ def _decode(inputs: dict[str, Any], accelerated: bool = False) -> Work:
     return Work(call)
 
 
-def _weights_read(shape: Shape, inputs: dict[str, Any]) -> int:
-    """Each token reads every weight once; tied ones are one."""
-    weights: int = sum(parameter.nbytes for parameter in inputs["model"].parameters())
-    return shape["L"] * weights
+def _mixer_cost(mixer: Any, tokens: int, calls: int, backward: bool) -> Cost:
+    """Of one mixer for `tokens` in all: products with its weights, which each call reads once, and the scan."""
+    weights = [module.weight for module in mixer.modules() if isinstance(module, nn.Linear)]
+    size = mixer.in_proj.weight.element_size()
+    states = tokens * mixer.intermediate_size * mixer.ssm_state_size
+    passes = 3 if backward else 1  # gradients of the input and of the weight are a product each
+    return Cost(
+        read=passes * calls * sum(parameter.nbytes for parameter in mixer.parameters())
+        + passes * tokens * mixer.hidden_size * size,
+        written=passes * tokens * mixer.hidden_size * size,
+        products=passes * 2 * tokens * sum(weight.numel() for weight in weights),
+        flops=(25 if backward else 6) * states,
+        exps=states,
+    )
+
+
+def _block_cost(shape: Shape, inputs: dict[str, Any], backward: bool) -> Cost:
+    return _mixer_cost(inputs["mixer"], shape["B"] * shape["L"], 1, backward)
+
+
+def _model_cost(shape: Shape, inputs: dict[str, Any], decode: bool) -> Cost:
+    """Its mixers, and the head for each token of decoding, or the last one; a call of decoding is one token."""
+    model = inputs["model"]
+    tokens, calls = shape["B"] * shape["L"], shape["L"] if decode else 1
+    mixers = [_mixer_cost(block.mixer, tokens, calls, backward=False) for block in model.backbone.layers]
+    head, logits = model.lm_head.weight, tokens if decode else shape["B"]
+    return Cost(
+        read=sum(cost.read for cost in mixers) + calls * head.nbytes,
+        products=sum(cost.products for cost in mixers) + 2 * logits * head.numel(),
+        flops=sum(cost.flops for cost in mixers),
+        exps=sum(cost.exps for cost in mixers),
+    )
 
 
 # ---- the cases ----
 
 LAYOUTS = ("time-last", "channel-last")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOOP = Candidate("transformers", _block_host)
 MODEL = {"B": 1, "V": 50280, "H": 768, "layers": 24, "N": 16}
 TINY_MODEL = {"B": 1, "V": 97, "H": 32, "layers": 2, "N": 16, "L": 9}
@@ -215,7 +264,10 @@ ACCELERATED = "layerzoo.accelerate"
 
 
 def _scan_case(layout: str, backward: bool) -> Case:
-    loop, mambapy = Candidate("transformers", _scan_transformers), Candidate("mambapy", _scan_mambapy)
+    loop = Candidate(
+        "transformers", _scan_transformers, "transformers.models.mamba.modeling_mamba:mamba_selective_scan"
+    )
+    mambapy = Candidate("mambapy", _scan_mambapy, "mambapy.mamba:MambaBlock.selective_scan")
     targets = (Target("ns/element", at_most=0.55 if backward else 0.20),)
     return Case(
         "ssm.selective_scan",
@@ -227,8 +279,10 @@ def _scan_case(layout: str, backward: bool) -> Case:
         ours=Candidate("layerzoo", _scan_ours),
         reference=Candidate("reference", _scan_reference),
         peers=(mambapy,) if backward else (loop, mambapy),  # backward of the loop would take a quarter of an hour
+        dtypes=DTYPES,
+        wide=("A", "D", "delta_bias"),
         elements=("B", "D", "L", "N"),
-        memory=backward,
+        cost=partial(_scan_cost, backward=backward),
         targets=(*targets, Target("memory / inputs", at_most=3)) if backward else targets,
     )
 
@@ -244,7 +298,10 @@ def _conv_case(layout: str, backward: bool) -> Case:
         ours=Candidate("layerzoo", _conv_ours),
         reference=Candidate("reference", _conv_reference),
         peers=(Candidate("torch", _conv_plain),),
+        dtypes=DTYPES,
+        devices=("cpu", "cuda"),
         elements=("B", "D", "L"),
+        cost=partial(_conv_cost, backward=backward),
     )
 
 
@@ -258,8 +315,13 @@ def _block_case(length: int, backward: bool, loop: Candidate, targets: tuple[Tar
         inputs=_block_inputs,
         ours=Candidate(ACCELERATED, _block_accelerated),
         reference=LOOP,
-        peers=(Candidate("mambapy", _block_mambapy), loop, Candidate("transformers+mambapy", _block_host_mambapy)),
+        peers=(
+            Candidate("mambapy", _block_mambapy, "mambapy.mamba"),
+            loop,
+            Candidate("transformers+mambapy", _block_host_mambapy, "mambapy.pscan"),
+        ),
         tokens=("B", "L"),
+        cost=partial(_block_cost, backward=backward),
         targets=targets,
     )
 
@@ -278,7 +340,7 @@ def _model_case(length: int, decode: bool, targets: tuple[Target, ...] = ()) -> 
         peers=(Candidate("transformers", build),),
         tolerance=1e-3,
         tokens=("B", "L"),
-        bytes=_weights_read if decode else None,
+        cost=partial(_model_cost, decode=decode),
         targets=targets,
     )
 

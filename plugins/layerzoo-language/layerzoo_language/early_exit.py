@@ -4,10 +4,11 @@ Paper: "Accelerating Large Language Model Inference with Self-Supervised Early E
 layers learn to predict what the full model predicts; decoding leaves at the first head that is sure enough.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -241,7 +242,7 @@ class EarlyExitModel(nn.Module):
         for step in range(max_new_tokens):
             waiting = tokens.shape[1] - 1 - done
             if cache is not None and waiting > (0 if step == 0 else _CATCH_UP):
-                self.model(input_ids=tokens[:, done:-1], past_key_values=cache, use_cache=True)
+                self.model(input_ids=tokens[:, done:-1], **self._cached(cache))
                 done = tokens.shape[1] - 1
             token, depth = self._next(tokens[:, done:], cache)
             if cache is not None and depth == len(self._layers):
@@ -261,12 +262,18 @@ class EarlyExitModel(nn.Module):
         cache = DynamicCache(config=self.model.config)
         return cache if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
+    def _cached(self, cache: DynamicCache | None) -> dict[str, Any]:
+        """The model's arguments that hand it a cache, which transformers before 5.24 calls past_key_values."""
+        if cache is None:
+            return {"use_cache": False}
+        new = "cache" in inspect.signature(self.model.forward).parameters
+        return {"use_cache": True, "cache" if new else "past_key_values": cache}
+
     def _next(self, input_ids: Tensor, cache: DynamicCache | None) -> tuple[Tensor, int]:
         """The next token (1, 1) and the number of layers that predicted it."""
-        options = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         try:
             with self._watch(_leave_if_sure):
-                output = self.model(input_ids=input_ids, **options)
+                output = self.model(input_ids=input_ids, **self._cached(cache))
         except _Left as left:
             token, depth = left.args
             return token, depth
