@@ -2,8 +2,21 @@
 
 from layerzoo import _native
 from layerzoo.ops.linear import skinny_linear
-from layerzoo.ops.ssm import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from layerzoo.ops.ssm import (
+    causal_conv1d,
+    causal_conv1d_update,
+    selective_scan,
+    selective_state_update,
+    ssd_chunk_scan,
+)
 
 _native.status()  # loads the kernels, or says under LAYERZOO_NATIVE=require why it cannot
 
-__all__ = ["causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "skinny_linear"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_state_update",
+    "skinny_linear",
+    "ssd_chunk_scan",
+]

@@ -6,10 +6,12 @@ where the first argument is, and results have the type of the first argument (st
 are read as they are.
 """
 
+import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from layerzoo import env
 from layerzoo.ops._checks import INTEGER, check_no_gradient, check_positive, check_rank, check_tensor, check_writable
@@ -534,3 +536,145 @@ def causal_conv1d_update(
         return step.squeeze(2)
     out: Tensor = _conv_update(x, conv_state, weight, bias, silu)
     return out
+
+
+# ---- ssd_chunk_scan ----
+
+
+def _per_head(op: str, name: str, value: Tensor, heads: int, width: int, device: torch.device) -> Tensor:
+    """A row (heads,) or (heads, width) as (heads * width,)."""
+    check_rank(op, name, value, ("(heads)", "(heads, width)"))
+    if value.dim() == 1:
+        check_tensor(op, name, value, "(heads,)", (heads,), device)
+        return value.unsqueeze(1).expand(heads, width).reshape(-1)
+    check_tensor(op, name, value, "(heads, width)", (heads, width), device)
+    return value.reshape(-1)
+
+
+@overload
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    dt_bias: Tensor | None = ...,
+    initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
+    dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ...,
+    return_final_states: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    dt_bias: Tensor | None = ...,
+    initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
+    dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ...,
+    *,
+    return_final_states: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan of Mamba-2, "Transformers are SSMs" (Dao and Gu, 2024, arXiv 2405.21060): one decay for each head and step.
+
+    With `dt = clamp(softplus(dt + dt_bias), *dt_limit)` (or without softplus), for every head and width p:
+    `h_t = exp(dt_t A) h_{t-1} + dt_t x_{t,p} B_t`, `out_{t,p} = (C_t . h_t + D x_{t,p}) silu(z_{t,p})`.
+
+    Args:
+        x, z: (batch, length, heads, width). dt: (batch, length, heads). A: (heads,), real.
+        B, C: (batch, length, groups, state); head k belongs to group k // (heads // groups).
+        chunk_size: of the algorithm in mamba-ssm. Here it is accepted and checked; results do not depend on it.
+        D: (heads,) or (heads, width). dt_bias: (heads,).
+        initial_states: (batch, heads, width, state), the state before the first step; zero if None.
+        seq_idx: (batch, length) int32 or int64, as in `selective_scan`.
+        dt_softplus: whether dt is the softplus of dt + dt_bias. dt_limit: bounds of dt, applied last.
+        return_final_states: whether to return the state after the last step too.
+
+    Returns:
+        out (batch, length, heads, width) in x's dtype; with `return_final_states` also (batch, heads, width, state) in
+        float32 (float64 for float64 x). Both are differentiable, once.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, a chunk_size that is not positive,
+            a dt_limit whose bounds are not in order.
+        RuntimeError: as `selective_scan`.
+    """
+    op = "ssd_chunk_scan"
+    check_rank(op, "x", x, ("(batch, length, heads, width)",))
+    (batch, length, heads, width), device = x.shape, x.device
+    for what, size in (("head", heads), ("channel of a head", width)):
+        check_positive(op, "x", what, size)
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size must be a positive integer, got {chunk_size!r}")
+    low, high = dt_limit
+    if not low <= high:
+        raise ValueError(f"{op}: dt_limit must be (low, high) with low <= high, got {dt_limit}")
+    check_tensor(op, "dt", dt, "(batch, length, heads)", (batch, length, heads), device)
+    check_tensor(op, "A", A, "(heads,)", (heads,), device)
+    check_rank(op, "B", B, ("(batch, length, groups, state)",))
+    groups, state = B.shape[2:]
+    check_positive(op, "B", "state", state)
+    for name, value in (("B", B), ("C", C)):
+        dims = (batch, length, groups, state)
+        check_tensor(op, name, value, "(batch, length, groups, state)", dims, device)
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{op}: B has {groups} groups, which must divide the {heads} heads of x")
+    if z is not None:
+        check_tensor(op, "z", z, "(batch, length, heads, width)", x.shape, device)
+    if dt_bias is not None:
+        check_tensor(op, "dt_bias", dt_bias, "(heads,)", (heads,), device)
+    if initial_states is not None:
+        dims = (batch, heads, width, state)
+        check_tensor(op, "initial_states", initial_states, "(batch, heads, width, state)", dims, device)
+    if seq_idx is not None:
+        check_tensor(op, "seq_idx", seq_idx, "(batch, length)", (batch, length), device, INTEGER)
+    if (low, high) != (0.0, math.inf):
+        wide = dt.to(accumulate_dtype(x)) + (0 if dt_bias is None else dt_bias)
+        dt, dt_bias, dt_softplus = (F.softplus(wide) if dt_softplus else wide).clamp(low, high), None, False
+
+    def channels(value: Tensor) -> Tensor:  # (batch, length, heads, width) -> (batch, channels, length)
+        return value.flatten(2).transpose(1, 2)
+
+    out, last = selective_scan(
+        channels(x),
+        channels(dt.unsqueeze(3).expand(batch, length, heads, width)),
+        A.repeat_interleave(width).unsqueeze(1).expand(-1, state),
+        B.permute(0, 2, 3, 1),
+        C.permute(0, 2, 3, 1),
+        None if D is None else _per_head(op, "D", D, heads, width, device),
+        None if z is None else channels(z),
+        None if dt_bias is None else dt_bias.repeat_interleave(width),
+        dt_softplus,
+        return_last_state=True,
+        initial_state=None if initial_states is None else initial_states.flatten(1, 2),
+        seq_idx=seq_idx,
+    )
+    out = out.transpose(1, 2).unflatten(2, (heads, width))
+    return (out, last.unflatten(1, (heads, width))) if return_final_states else out
