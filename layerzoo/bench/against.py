@@ -18,12 +18,12 @@ from layerzoo.bench.report import Result, Row, Status
 from layerzoo.bench.runner import SECONDS, SLOW, planned, progress_bar
 from layerzoo.bench.settings import Setting, Sweep
 
-# Where its memory lies makes one process faster than another for as long as it lives, by a third at times, with the same
-# code in both. So a process counts as one observation, and of fewer than six no bounds can be given.
+# One process may be faster than another for as long as it lives, with the same code in both, by a third at times: it
+# depends on how its memory happens to lie. So a pair of processes is one observation; fewer than six give no bounds.
 LAUNCHES = 6
 ROUNDS = (1, 4)  # of A B B A in each, at least, at most
 
-Note = Callable[[str], None]
+Note = Callable[[str, int], None]
 
 
 @dataclass
@@ -85,7 +85,7 @@ def in_turn(
     before: Path,
     after: Path,
     measured: list[Measured],
-    note: Callable[[str, int], None] = lambda what, done: None,
+    note: Note = lambda what, done: None,
     *,
     seconds: float = SECONDS,
 ) -> None:

@@ -124,6 +124,9 @@ def compare(before: Report, after: Report) -> Comparison:
 
     Between different machines, threads or instruction sets it is not times that are compared, but how many times longer
     than ours the first peer took that both have: those two ran in turn in one process.
+
+    A record is of one process, and two processes may differ in time with the same code: `against` settles what this
+    only suspects.
     """
     rows, unlike = [], set()
     for old, new in _matched(before, after):
@@ -158,7 +161,8 @@ def _judgement(before: Row, after: Row, gain: Interval | None) -> tuple[Verdict,
         return "cannot be compared", ""
     if gain.low == 0 and gain.high == math.inf:
         return "too few samples", ""
-    return ("within the noise" if abs(1 / gain.median - 1) <= FLOOR else gain.verdict), ""
+    certain = gain.low > 1 + FLOOR or gain.high < 1 / (1 + FLOOR)
+    return (gain.verdict if certain else "within the noise"), ""
 
 
 def _matched(before: Report, after: Report) -> list[tuple[Result | None, Result | None]]:
