@@ -51,8 +51,10 @@ struct PackArgs {
   int64_t b, g, l, n;
   Operand x;
   int64_t group;  // stride of g in x
-  void* packed;   // S: (b, g, l, n); when unpacking (parts, b, g, l, n), summed over parts in order
+  void* packed;   // S: (b, g, l, n); when unpacking (parts, b, g, l, n), summed in order, in place of the first
   int64_t parts;
+
+  int64_t chunks() const { return (l + kScanChunk - 1) / kScanChunk; }
 };
 
 // out[i] = sum over p, in order, of in[p * size + i].
@@ -97,7 +99,7 @@ struct StateUpdateArgs {
 // `scratch`: that many bytes for each thread, aligned to 64.
 struct SsmKernels {
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);    // tasks: b * g
-  void (*unpack)(const PackArgs&, int64_t begin, int64_t end);  // tasks: b * g
+  void (*unpack)(const PackArgs&, int64_t begin, int64_t end);  // tasks: b * g * chunks
   void (*sum)(const SumArgs&, int64_t begin, int64_t end);      // tasks: elements
   int64_t (*selective_scan_scratch)(const ScanArgs&);
   void (*selective_scan)(const ScanArgs&, void* scratch, int64_t begin, int64_t end);

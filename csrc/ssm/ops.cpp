@@ -191,7 +191,7 @@ Tensor gather_coefficients(const Tensor& partial, const Tensor& like, bool rever
   Tensor out = torch::stable::empty_like(like);
   const PackArgs a = pack_args(out, "gradient", partial.scalar_type() == ScalarType::Double, reverse,
                                partial.data_ptr(), partial.size(0));
-  parallel(a.b * a.g, static_cast<double>(a.l * a.n * a.parts),
+  parallel(a.b * a.g * a.chunks(), 0.3 * static_cast<double>(kScanChunk * a.n * a.parts),
            [&](int64_t, int64_t begin, int64_t end) { kernels().ssm.unpack(a, begin, end); });
   return out;
 }

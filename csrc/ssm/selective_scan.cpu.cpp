@@ -555,19 +555,19 @@ void pack_as(const PackArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// The sum comes first, along the rows and into the first part, and only its result goes to where x wants it.
 template <class S>
 void unpack_as(const PackArgs& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const S* rows = static_cast<const S*>(a.packed) + i * a.l * a.n;
-    const int64_t part = a.b * a.g * a.l * a.n;
+  const int64_t part = a.b * a.g * a.l * a.n, chunks = a.chunks();
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t i = task / chunks, first = task % chunks * K, steps = a.l - first < K ? a.l - first : K;
+    S* rows = static_cast<S*>(a.packed) + (i * a.l + first) * a.n;
+    for (int64_t k = 1; k < a.parts; ++k)
+      for (int64_t j = 0; j < steps * a.n; ++j) rows[j] += rows[k * part + j];
     LZ_DISPATCH_DTYPE(a.x.dtype, T, {
-      T* p = static_cast<T*>(a.x.data) + i / a.g * a.x.batch + i % a.g * a.group;
-      for (int64_t t = 0; t < a.l; ++t)
-        for (int64_t j = 0; j < a.n; ++j) {
-          S sum = 0;
-          for (int64_t k = 0; k < a.parts; ++k) sum += rows[k * part + t * a.n + j];
-          p[j * a.x.channel + t * a.x.time] = from<T>(sum);
-        }
+      T* p = static_cast<T*>(a.x.data) + i / a.g * a.x.batch + i % a.g * a.group + first * a.x.time;
+      for (int64_t t = 0; t < steps; ++t)
+        for (int64_t j = 0; j < a.n; ++j) p[j * a.x.channel + t * a.x.time] = from<T>(rows[t * a.n + j]);
     })
   }
 }
