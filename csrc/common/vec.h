@@ -162,13 +162,10 @@ __attribute__((always_inline)) inline void sigmoid(Vec<S> (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = splat<S>(1) / (x[i] + static_cast<S>(1));
 }
 
-// log(1 + e^x), in place, with the error of `sigmoid`, for negative x too; identity above 20, as torch has it.
+// log(1 + e^x), in place, given w = e^-|x|, which it overwrites.
 template <class S, int N>
-__attribute__((always_inline)) inline void softplus(Vec<S> (&x)[N]) {
-  Vec<S> w[N], w2[N], p[N];
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) w[i] = (x[i] > splat<S>(0) ? -x[i] : x[i]) * static_cast<S>(M_LOG2E);
-  exp2<S, N>(w);  // (0, 1]
+__attribute__((always_inline)) inline void softplus_of(Vec<S> (&w)[N], Vec<S> (&x)[N]) {
+  Vec<S> w2[N], p[N];
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) w[i] = w[i] / (w[i] + static_cast<S>(2));  // log1p(e) = 2 artanh(w), w in (0, 1/3]
 #pragma GCC unroll 4
@@ -182,6 +179,34 @@ __attribute__((always_inline)) inline void softplus(Vec<S> (&x)[N]) {
     else
       x[i] = y;
   }
+}
+
+// e^-|x|.
+template <class S, int N>
+__attribute__((always_inline)) inline void exp_of_minus_size(const Vec<S> (&x)[N], Vec<S> (&w)[N]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) w[i] = (x[i] > splat<S>(0) ? -x[i] : x[i]) * static_cast<S>(M_LOG2E);
+  exp2<S, N>(w);  // (0, 1]
+}
+
+// log(1 + e^x), in place, with the error of `sigmoid`, for negative x too; identity above 20, as torch has it.
+template <class S, int N>
+__attribute__((always_inline)) inline void softplus(Vec<S> (&x)[N]) {
+  Vec<S> w[N];
+  exp_of_minus_size<S, N>(x, w);
+  softplus_of<S, N>(w, x);
+}
+
+// The same with its derivative, which is the sigmoid of x, from one exp.
+template <class S, int N>
+__attribute__((always_inline)) inline void softplus(Vec<S> (&x)[N], Vec<S> (&slope)[N]) {
+  Vec<S> w[N];
+  exp_of_minus_size<S, N>(x, w);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) slope[i] = (x[i] > splat<S>(0) ? splat<S>(1) : w[i]) / (w[i] + static_cast<S>(1));
+  if constexpr (sizeof(S) == 8)
+    for (int i = 0; i < N; ++i) slope[i] = x[i] > splat<S>(20) ? splat<S>(1) : slope[i];
+  softplus_of<S, N>(w, x);
 }
 
 template <class S>

@@ -98,14 +98,14 @@ inline S step_sizes(const ScanArgs& a, Vec<S> bias, int steps, S* tile, S* slope
   for_each_row(steps, [&](int t, auto count) {
     Vec<S> x[count()], sig[count()];
     load_rows<S>(tile, t, x);
-    for (int i = 0; i < count(); ++i) sig[i] = x[i] += bias;
+    for (int i = 0; i < count(); ++i) x[i] += bias;
     if (a.softplus) {
       if (slope) {
-        sigmoid<S, count()>(sig);
-        for (int i = 0; i < count(); ++i) sig[i] = x[i] > splat<S>(20) ? splat<S>(1) : sig[i];
+        softplus<S, count()>(x, sig);
         store_rows<S>(slope, t, sig);
+      } else {
+        softplus<S, count()>(x);
       }
-      softplus<S, count()>(x);
     }
     store_rows<S>(tile, t, x);
   });
