@@ -365,13 +365,28 @@ __attribute__((always_inline)) inline void transpose(Vec<S> (&rows)[kLanes<S>]) 
   if constexpr (kSide > 1) transpose<S, kSide / 2>(rows);
 }
 
+// Lanes of `a` where bit kSide of the index is clear, of `b` where it is set. An intrinsic because GCC takes shuffles
+// for some of these, and fewer ports do those.
+template <int kSide, class V, int... I>
+__attribute__((always_inline)) inline V blend(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+#if defined(__AVX2__)
+  if constexpr (n == 8 && sizeof(V) == 32)
+    return (V)_mm256_blend_ps((__m256)a, (__m256)b, (((I & kSide) ? 1 << I : 0) | ...));
+#endif
+  return __builtin_shufflevector(a, b, ((I & kSide) ? n + I : I)...);
+}
+
 // Halves what is left to sum across lanes: lane i of the result is a[i] + a[i + kSide] where bit kSide of i is clear,
 // and b[i] + b[i - kSide] where it is set.
 template <int kSide, class V, int... I>
-__attribute__((always_inline)) inline V fold(V a, V b, std::integer_sequence<int, I...>) {
+__attribute__((always_inline)) inline V fold(V a, V b, std::integer_sequence<int, I...> lanes) {
   constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(a, b, ((I & kSide) ? n + I : I)...) +
-         __builtin_shufflevector(a, b, ((I & kSide) ? n + I - kSide : I + kSide)...);
+  const V here = blend<kSide>(a, b, lanes);
+  if constexpr (kSide > 1 || sizeof(V) != 32)
+    return here + __builtin_shufflevector(a, b, ((I & kSide) ? n + I - kSide : I + kSide)...);
+  const V there = blend<kSide>(b, a, lanes);  // AVX2 has no instruction that swaps neighbours and merges
+  return here + __builtin_shufflevector(there, there, (I ^ kSide)...);
 }
 template <int kSide, class S>
 __attribute__((always_inline)) inline Vec<S> fold(Vec<S> a, Vec<S> b) {

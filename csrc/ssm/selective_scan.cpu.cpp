@@ -9,10 +9,10 @@ namespace {
 constexpr int K = kScanChunk;
 constexpr int kStates = 4;  // states swept together: that many independent chains hide the latency of a multiply-add
 
-// Calls f(begin, end, restart) for every run of steps without a boundary, or the same from the last run to the first.
+// Calls f(begin, end, restart, run) for every run of steps without a boundary, or the same from the last to the first.
 template <class F>
 inline void for_each_run(const uint8_t* marks, int steps, bool descending, const F& f) {
-  if (!marks) return f(0, steps, false);
+  if (!marks) return f(0, steps, false, 0);
   int begins[K], ends[K], runs = 0;
   for (int t = 0; t < steps; ++t) {
     if (marks[t] == kPadding) continue;
@@ -25,7 +25,7 @@ inline void for_each_run(const uint8_t* marks, int steps, bool descending, const
   }
   for (int i = 0; i < runs; ++i) {
     const int r = descending ? runs - 1 - i : i;
-    f(begins[r], ends[r], marks[begins[r]] == kRestart);
+    f(begins[r], ends[r], marks[begins[r]] == kRestart, r);
   }
 }
 
@@ -210,7 +210,7 @@ void scan_chunk(const ScanArgs& a, const Block<S>& block, int64_t index, int64_t
   }
   const Ahead ahead[] = {next.tile<S>(a.u), next.tile<S>(a.delta), next.tile<S>(a.z),
                          Ahead::tile<S>(a.out, b, d0, t0, steps)};
-  for_each_run(marks, steps, false, [&](int begin, int end, bool restart) {
+  for_each_run(marks, steps, false, [&](int begin, int end, bool restart, int) {
     if (restart) std::memset(h, 0, n * W * sizeof(S));
     for_each_state_group(n, [&](int64_t i, auto group) {
       const int64_t lanes = (index * n + i) * W;
@@ -256,21 +256,24 @@ struct GradTiles {  // of one block and chunk, [K][W]
   alignas(64) S lambda_B[K * kLanes<S>], lambda_hA[K * kLanes<S>];  // sums over n: gradients of dt u and (base 2) of dt
 };
 
-// The states of one group over one run again, from `h`: history[t][j] = exp(dt A) h, and y where the gate needs it.
+// The states of one group over one run again, from `h`: history[t] = the state before step t, history[end] the last
+// one, and y where the gate needs it.
 template <class S, bool kConstB, bool kConstC, bool kNeedY, int G>
 inline void replay(const S* decays, const S* B, const S* C, int64_t n, int begin, int end, GradTiles<S>& tiles,
                    S* history, S* h) {
   constexpr int W = kLanes<S>;
   Vec<S> x[G];
-  for (int j = 0; j < G; ++j) x[j] = load<S>(h + j * W);
+  for (int j = 0; j < G; ++j) {
+    x[j] = load<S>(h + j * W);
+    store<S>(history + (begin * G + j) * W, x[j]);
+  }
   for (int t = begin; t < end; ++t) {
     const Vec<S> input = load<S>(tiles.dtu + t * W);
     Vec<S> sum = load<S>(tiles.y + t * W);
 #pragma GCC unroll 4
     for (int j = 0; j < G; ++j) {
-      const Vec<S> decayed = load<S>(decays + (t * G + j) * W) * x[j];
-      store<S>(history + (t * G + j) * W, decayed);
-      x[j] = decayed + input * coefficient<S, kConstB, G>(B, t, n, j);
+      x[j] = load<S>(decays + (t * G + j) * W) * x[j] + input * coefficient<S, kConstB, G>(B, t, n, j);
+      store<S>(history + ((t + 1) * G + j) * W, x[j]);
       if constexpr (kNeedY) sum += x[j] * coefficient<S, kConstC, G>(C, t, n, j);
     }
     if constexpr (kNeedY) store<S>(tiles.y + t * W, sum);
@@ -338,13 +341,13 @@ inline void adjoint(const S* A, const S* B, const S* C, int64_t n, int begin, in
 #pragma GCC unroll 4
     for (int j = 0; j < G; ++j) {
       const Vec<S> b = coefficient<S, kConstB, G>(B, t, n, j), c = coefficient<S, kConstC, G>(C, t, n, j);
-      const Vec<S> decayed = load<S>(history + (t * G + j) * W);
-      const Vec<S> lambda = grad_y * c + carry[j], lambda_h = lambda * decayed;
+      const Vec<S> lambda = grad_y * c + carry[j];
+      carry[j] = load<S>(decays + (t * G + j) * W) * lambda;
+      const Vec<S> lambda_h = carry[j] * load<S>(history + (t * G + j) * W);
       lambda_B += lambda * b;
       lambda_hA += lambda_h * load<S>(A + j * W);
       sum_A[j] += lambda_h * step;
-      carry[j] = load<S>(decays + (t * G + j) * W) * lambda;
-      const Vec<S> for_B = lambda * input, for_C = grad_y * (decayed + input * b);
+      const Vec<S> for_B = lambda * input, for_C = grad_y * load<S>(history + ((t + 1) * G + j) * W);
       if constexpr (kConstB) sum_B[j] += for_B;
       if constexpr (kConstC) sum_C[j] += for_C;
       if constexpr (Sums::kAny) across[j] = Sums::pair(for_B, for_C);
@@ -371,7 +374,8 @@ void grad_chunk(const ScanGradArgs& a, const Block<S>& block, int64_t index, int
   const Vec<S> bias = lanes_or_zero<S>(a.bias, d0, channels), D = lanes_or_zero<S>(a.D, d0, channels);
 
   GradTiles<S> tiles;
-  alignas(64) S u[K * W], slope[K * W], z[K * W], gate[K * W], history[K * kStates * W], decays[K * kStates * W];
+  alignas(64) S u[K * W], slope[K * W], z[K * W], gate[K * W], decays[K * kStates * W];
+  alignas(64) S history[2 * K * kStates * W];  // a row more than steps for every run
   load_tile<S>(a.u, b, d0, t0, channels, steps, u);
   load_tile<S>(a.delta, b, d0, t0, channels, steps, tiles.dt);
   load_tile<S>(a.grad_out, b, d0, t0, channels, steps, tiles.grad_y);
@@ -402,15 +406,15 @@ void grad_chunk(const ScanGradArgs& a, const Block<S>& block, int64_t index, int
     const S* C = kConstC ? scratch.C + lanes : block.C + t0 * n + i;
     alignas(64) S h[G * W];
     for (int j = 0; j < G; ++j) store<S>(h + j * W, load_lanes<S>(states + (i + j) * a.d, channels));
-    for_each_run(marks, steps, false, [&](int begin, int end, bool restart) {
+    for_each_run(marks, steps, false, [&](int begin, int end, bool restart, int run) {
       if (restart) std::memset(h, 0, sizeof h);
       decay<S, G>(A, tiles.dt, steepest, begin, end, reads[i / kStates % 4], decays);
-      replay<S, kConstB, kConstC, kNeedY, G>(decays, B, C, n, begin, end, tiles, history, h);
+      replay<S, kConstB, kConstC, kNeedY, G>(decays, B, C, n, begin, end, tiles, history + run * G * W, h);
     });
-    for_each_run(marks, steps, true, [&](int begin, int end, bool restart) {
-      adjoint<S, kConstB, kConstC, G>(A, B, C, n, begin, end, tiles, history, decays, writes[i / kStates % 4],
-                                      scratch.carry + lanes, scratch.grad_A + lanes, scratch.grad_B + lanes,
-                                      scratch.grad_C + lanes, scratch.sums + i * K * W);
+    for_each_run(marks, steps, true, [&](int begin, int end, bool restart, int run) {
+      adjoint<S, kConstB, kConstC, G>(A, B, C, n, begin, end, tiles, history + run * G * W, decays,
+                                      writes[i / kStates % 4], scratch.carry + lanes, scratch.grad_A + lanes,
+                                      scratch.grad_B + lanes, scratch.grad_C + lanes, scratch.sums + i * K * W);
       if (restart) std::memset(scratch.carry + lanes, 0, sizeof h);
     });
   });
