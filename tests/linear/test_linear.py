@@ -1,6 +1,7 @@
 """`linear` is torch's function by other ways: the same numbers, gradients and errors, whatever way it takes."""
 
 import copy
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -153,3 +154,21 @@ def test_threads_and_copies_do_not_change_bits(threads) -> None:  # type: ignore
         threads(count)
         results.append(linear(x, copy.deepcopy(weight)))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile_by_inductor(grad: bool) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(9, 40, requires_grad=grad), torch.randn(7, 40, requires_grad=grad), torch.randn(7)
+    out = torch.compile(linear, fullgraph=True)(x, weight, bias)
+    torch.testing.assert_close(out, F.linear(x, weight, bias))
+    if grad:
+        for got, want in zip(
+            torch.autograd.grad(out.sum(), (x, weight)),
+            torch.autograd.grad(F.linear(x, weight, bias).sum(), (x, weight)),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
