@@ -103,7 +103,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or (bias is not None and bias.shape != weight.shape[:1])
         or any(not t.is_cpu or t.dtype != x.dtype for t in tensors)
         or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()  # inductor makes its own choice, and takes oneDNN's operator for constants only
+        or torch.compiler.is_compiling()  # inductor chooses itself, and takes that operator for constants only
     ):
         return F.linear(x, weight, bias)
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
