@@ -80,6 +80,7 @@ def test_a_malformed_environment_is_a_message(monkeypatch: pytest.MonkeyPatch) -
 def test_light_commands_import_nothing_heavy(command: str) -> None:
     code = f"""
 import sys
+from layerzoo import _native
 from layerzoo.cli import app
 app({command.split()}, standalone_mode=False)
 heavy = {{"torch", "transformers", "numpy", "layerzoo_language"}} & sys.modules.keys()
@@ -163,6 +164,7 @@ def test_a_new_plugin_installs_is_found_and_conforms(tmp_path: Path) -> None:
         "README.md",
         "pyproject.toml",
         "layerzoo_mine/__init__.py",
+        "layerzoo_mine/bench.py",
         "layerzoo_mine/layer_scale.py",
         "layerzoo_mine/layerzoo.toml",
         "layerzoo_mine/py.typed",
@@ -180,6 +182,12 @@ def test_a_new_plugin_installs_is_found_and_conforms(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert [card["name"] for card in json.loads(listed.stdout)] == ["mine:layer_scale"]
+    measured = subprocess.run(
+        [sys.executable, "-m", "layerzoo.cli", "bench", "mine:*", "--threads", "1", "--sweep", "L=1,3"],
+        env=environment, capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert measured.stdout.count("mine:layer_scale/forward") == 2
+    assert "by memory; layerzoo reaches" in measured.stdout or "none" in _native.status().isa
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "tests")],
         env=environment, capture_output=True, text=True, check=False, cwd=tmp_path,

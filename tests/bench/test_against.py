@@ -186,6 +186,7 @@ def test_ctrl_c_ends_both_processes_and_keeps_what_there_is(old, once, monkeypat
 def test_a_process_that_a_case_starts_finds_the_same_tree(old, monkeypatch, tmp_path):
     monkeypatch.chdir(builds.TREE)  # where it would find this tree
     with Worker(old) as worker:
+        worker.ready()  # before it runs, what the system says of it is that of its parent
         environment = Path(f"/proc/{worker._process.pid}/environ").read_text().split("\0")
         assert f"PYTHONPATH={old}" in [entry.split(os.pathsep)[0] for entry in environment]
         assert Path(f"/proc/{worker._process.pid}/cwd").resolve() == old.resolve()
