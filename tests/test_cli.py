@@ -187,7 +187,7 @@ def test_a_new_plugin_installs_is_found_and_conforms(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert measured.stdout.count("mine:layer_scale/forward") == 2
-    assert "by memory; layerzoo reaches" in measured.stdout or "none" in _native.status().isa
+    assert "mine: failed" not in measured.stdout
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "tests")],
         env=environment, capture_output=True, text=True, check=False, cwd=tmp_path,
