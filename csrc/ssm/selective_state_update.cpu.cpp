@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kUnit = kUpdateUnit;
 constexpr int kTile = 256;    // states per pass
-constexpr int kAhead = 2048;  // bytes
 constexpr int kChannels = 4;  // swept together, as `for_each_row` has them: exp is a long chain of dependent operations
+constexpr int kAhead = 2048;  // bytes: so far ahead the state is asked for, since the processor stops where a page ends
 
 // `count` values of any element type, `stride` apart, as S; zero up to whole vectors.
 template <class S>
