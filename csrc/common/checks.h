@@ -73,6 +73,11 @@ inline OptionalTensor contiguous_as(const OptionalTensor& t, ScalarType dtype) {
   return t ? OptionalTensor(contiguous_as(*t, dtype)) : t;
 }
 
+// The type computed in: float64 for float64, float32 for everything else.
+inline ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 inline void* data_or_null(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
 }  // namespace layerzoo

@@ -199,28 +199,83 @@ void conv_backward(const ConvGradArgs& a, void* scratch, int64_t begin, int64_t 
     }
 }
 
-// The convolution again, with the state as the halo; then the last s inputs are the state.
+// Calls f(position, step, count) for `steps` positions of a ring from `first` on, once for each stretch without a
+// break.
+template <class F>
+inline void along_ring(int64_t length, int64_t first, int64_t steps, const F& f) {
+  for (int64_t step = 0; step < steps && length > 0;) {
+    const int64_t position = (first + step) % length;
+    const int64_t count = length - position < steps - step ? length - position : steps - step;
+    f(position, step, static_cast<int>(count));
+    step += count;
+  }
+}
+
+// The convolution again, with the state as the halo: of the row `slot`, moved on so that it ends with the new inputs,
+// or a ring that is written from `position` on. Before the new inputs `kept` rows of it stand in `rows`.
+template <class S>
+struct ConvState {
+  static constexpr int W = kLanes<S>;
+  const ConvArgs& a;
+  const ConvBlock<S>& block;
+  int64_t slot, kept;
+
+  ConvState(const ConvArgs& a, const ConvBlock<S>& block)
+      : a(a), block(block), slot(a.slots ? a.slots[block.b] : block.b), kept(a.positions ? a.w - 1 : a.state_length) {}
+
+  void read(S* rows) const {
+    if (!a.positions) return load_tile<S>(a.initial, slot, block.d0, 0, block.channels, static_cast<int>(kept), rows);
+    along_ring(a.state_length, a.positions[block.b] + a.state_length - kept, kept,
+               [&](int64_t position, int64_t step, int count) {
+                 load_tile<S>(a.initial, slot, block.d0, position, block.channels, count, rows + step * W);
+               });
+  }
+  void write_inputs(int64_t t0, int steps, const S* x) const {
+    if (!a.positions) return;
+    along_ring(a.state_length, a.positions[block.b] + t0, steps, [&](int64_t position, int64_t step, int count) {
+      store_tile<S>(a.initial, slot, block.d0, position, block.channels, count, x + step * W);
+    });
+  }
+  void write_moved(const S* rows) const {
+    if (a.positions) return;
+    store_tile<S>(a.initial, slot, block.d0, 0, block.channels, static_cast<int>(kept), rows);
+  }
+};
+
+template <class S>
+void zero_outputs(const ConvArgs& a, const ConvBlock<S>& block) {
+  alignas(64) const S zeros[K * kLanes<S>] = {};
+  for (int64_t t0 = 0; t0 < a.l; t0 += K)
+    store_tile<S>(a.out, block.b, block.d0, t0, block.channels, static_cast<int>(a.l - t0 < K ? a.l - t0 : K), zeros);
+}
+
 template <class S>
 void conv_update(const ConvArgs& a, void* scratch, int64_t begin, int64_t end) {
   constexpr int W = kLanes<S>;
-  const int64_t kept = a.state_length;
-  S *weight = static_cast<S*>(scratch), *rows = weight + a.w * W, *x = rows + kept * W;
+  S *weight = static_cast<S*>(scratch), *rows = weight + a.w * W;
   alignas(64) S out[K * W];
   for (int64_t task = begin; task < end; ++task)
     for (int index = 0; index < kUnit / W; ++index) {
       const ConvBlock<S> block(a, task, index);
       if (block.channels <= 0) break;
+      const ConvState<S> state(a, block);
+      if (state.slot < 0) {
+        zero_outputs<S>(a, block);
+        continue;
+      }
       block.weights(a, weight);
-      load_tile<S>(a.initial, block.b, block.d0, 0, block.channels, static_cast<int>(kept), rows);
+      state.read(rows);
+      S* x = rows + state.kept * W;
       for (int64_t t0 = 0; t0 < a.l; t0 += K) {
         const int steps = static_cast<int>(a.l - t0 < K ? a.l - t0 : K);
         load_tile<S>(a.x, block.b, block.d0, t0, block.channels, steps, x);
         block.convolve(a, weight, x - (a.w - 1) * W, t0, steps, out);
         if (a.silu) silu<S>(steps, out);
         store_tile<S>(a.out, block.b, block.d0, t0, block.channels, steps, out);
-        std::memmove(rows, rows + steps * W, kept * W * sizeof(S));
+        state.write_inputs(t0, steps, x);
+        std::memmove(rows, rows + steps * W, state.kept * W * sizeof(S));
       }
-      store_tile<S>(a.initial, block.b, block.d0, 0, block.channels, static_cast<int>(kept), rows);
+      state.write_moved(rows);
     }
 }
 

@@ -69,11 +69,13 @@ struct ConvArgs {
   bool f64, silu;
   int64_t b, d, l, w;
   Operand x, out;
-  Operand initial;            // (b, d, w - 1) or null; of an update: the state (b, d, state_length), changed in place
+  Operand initial;  // (b, d, w - 1) or null; of an update: the state (rows, d, state_length), changed in place
   const void *weight, *bias;  // S: (d, w), (d); bias may be null
   const int64_t* seq_idx;     // (b, l) or null
   Operand final_state;        // (b, d, w - 1); not of an update
-  int64_t state_length;       // of an update only: at least w - 1
+  int64_t state_length;       // of an update only, like what follows: at least w - 1
+  const int64_t* slots;       // (b): the row of the state, below 0: padding; null: row b
+  const int64_t* positions;   // (b), below state_length: the state is a ring, written from there on; null: it is moved
 
   int64_t tasks() const { return b * ((d + 15) / 16); }
 };
@@ -84,16 +86,28 @@ struct ConvGradArgs : ConvArgs {  // `out`, `final_state` unused
   void *grad_weight, *grad_bias;     // S: (b, d, w), (b, d): sums over time
 };
 
+// (batch, head, channel, state), the last in place of time; a stride is 0 where a tensor lacks the dimension.
+struct HeadOperand : Operand {
+  int64_t head = 0;
+
+  int64_t at(int64_t b, int64_t h, int64_t c, int64_t n) const { return Operand::at(b, c, n) + h * head; }
+};
+
+// Channels per task of the update: so many that the chain from dt to the gate is not waited for too often.
+constexpr int kUpdateUnit = 64;
+
 struct StateUpdateArgs {
   bool f64, softplus;
-  int64_t b, d, n;
-  Operand state;          // (b, d, n), updated in place
-  Operand x, dt, z, out;  // (b, d); z may be null
-  Operand A;              // (d, n) as channel, time
-  Operand B, C;           // (b, n) as batch, time
-  const void *D, *bias;   // S: (d); may be null
+  int64_t b, h, p, n, g;      // p: channels of a head; head k reads B and C of group k / (h / g)
+  HeadOperand state;          // (rows, h, p, n), updated in place
+  HeadOperand x, dt, z, out;  // (b, h, p); z may be null
+  HeadOperand A;              // (h, p, n)
+  HeadOperand B, C;           // (b, g, n), with the group as head
+  HeadOperand D, bias;        // (h, p); may be null
+  const int64_t* slots;       // (b): the row of the state, below 0: padding; null: row b
 
-  int64_t tasks() const { return b * ((d + 15) / 16); }
+  int64_t tasks() const { return b * h * ((p + kUpdateUnit - 1) / kUpdateUnit); }
+  bool one_decay() const { return A.time == 0; }  // one exponential then does for all states of a channel
 };
 
 // `scratch`: that many bytes for each thread, aligned to 64.

@@ -1,5 +1,5 @@
-// The family's CPU ops: checks of values, allocation, strides; the work is in the kernels. Schemas and the checks that
-// users see are in layerzoo/ops/ssm.py.
+// The family's CPU ops over whole sequences: checks of values, allocation, strides; the work is in the kernels. Schemas
+// and the checks that users see are in layerzoo/ops/ssm.py; the ops that work in place are in update_ops.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -17,14 +17,9 @@ namespace layerzoo {
 namespace {
 
 CallCounter scan_calls("selective_scan"), scan_backward_calls("selective_scan_backward"), conv_calls("causal_conv1d"),
-    conv_backward_calls("causal_conv1d_backward"), conv_update_calls("causal_conv1d_update"),
-    state_update_calls("selective_state_update");
+    conv_backward_calls("causal_conv1d_backward");
 
 constexpr double kScanNanoseconds = 0.4, kScanBackwardNanoseconds = 0.9;  // per element on one AVX2 core
-
-ScalarType accumulate_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 template <class S>
 void check_no_nan(const Tensor& A) {
@@ -314,61 +309,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& 
           bias_ ? sum_parts(part_bias, *bias_) : torch::stable::new_empty(x, {0}), grad_initial};
 }
 
-Tensor causal_conv1d_update(const Tensor& x, Tensor conv_state, const Tensor& weight_, const OptionalTensor& bias_,
-                            bool silu) {
-  ++conv_update_calls;
-  const ScalarType type = accumulate_type(x);
-  const Tensor weight = contiguous_as(weight_, type);
-  const OptionalTensor bias = contiguous_as(bias_, type);
-  auto a = conv_args<ConvArgs>(x, weight, bias, silu);
-  a.state_length = conv_state.size(2);
-  check_shape(conv_state, "conv_state", {a.b, a.d, a.state_length});
-  STD_TORCH_CHECK(a.state_length >= a.w - 1, "causal_conv1d_update: conv_state must keep at least width - 1 inputs");
-  a.initial = operand(conv_state, "conv_state");
-  Tensor out = torch::stable::empty_like(x);
-  a.out = operand(out, "out");
-  const SsmKernels& k = kernels().ssm;
-  parallel_with_scratch(
-      a.tasks(), conv_work(a, 1), k.causal_conv1d_scratch(a),
-      [&](void* scratch, int64_t begin, int64_t end) { k.causal_conv1d_update(a, scratch, begin, end); });
-  return out;
-}
-
-Tensor selective_state_update(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
-                              const Tensor& C, const OptionalTensor& D_, const OptionalTensor& z,
-                              const OptionalTensor& bias_, bool dt_softplus) {
-  ++state_update_calls;
-  StateUpdateArgs a{};
-  const ScalarType type = accumulate_type(x);
-  a.f64 = type == ScalarType::Double, a.softplus = dt_softplus;
-  a.b = x.size(0), a.d = x.size(1), a.n = A.size(1);
-  check_shape(state, "state", {a.b, a.d, a.n});
-  check_shape(dt, "dt", {a.b, a.d});
-  check_shape(z, "z", {a.b, a.d});
-  check_shape(A, "A", {a.d, a.n});
-  check_shape(B, "B", {a.b, a.n});
-  check_shape(C, "C", {a.b, a.n});
-  check_shape(D_, "D", {a.d});
-  check_shape(bias_, "dt_bias", {a.d});
-  const auto matrix = [](const Tensor& t, const char* name, bool columns_are_time, bool rows_are_batch) {
-    Operand o;
-    o.data = t.data_ptr(), o.dtype = dtype_of(t, name);
-    (rows_are_batch ? o.batch : o.channel) = t.stride(0);
-    (columns_are_time ? o.time : o.channel) = t.stride(1);
-    return o;
-  };
-  const OptionalTensor D = contiguous_as(D_, type), bias = contiguous_as(bias_, type);
-  Tensor out = torch::stable::empty_like(x);
-  a.state = operand(state, "state");
-  a.x = matrix(x, "x", false, true), a.dt = matrix(dt, "dt", false, true), a.out = matrix(out, "out", false, true);
-  if (z) a.z = matrix(*z, "z", false, true);
-  a.A = matrix(A, "A", true, false), a.B = matrix(B, "B", true, true), a.C = matrix(C, "C", true, true);
-  a.D = data_or_null(D), a.bias = data_or_null(bias);
-  parallel(a.tasks(), 16 * static_cast<double>(a.n + 8) * 0.5,
-           [&](int64_t, int64_t begin, int64_t end) { kernels().ssm.selective_state_update(a, begin, end); });
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(layerzoo, CPU, m) {
@@ -376,8 +316,6 @@ STABLE_TORCH_LIBRARY_IMPL(layerzoo, CPU, m) {
   m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
-  m.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update));
-  m.impl("selective_state_update", TORCH_BOX(&selective_state_update));
 }
 
 }  // namespace layerzoo

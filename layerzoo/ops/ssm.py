@@ -283,11 +283,21 @@ def _update_fake(state: Tensor, x: Tensor, *args: Any) -> Tensor:
 
 _update = define(
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? dt_bias, bool dt_softplus) -> Tensor",
+    "Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices=None) -> Tensor",
     reference=lambda state, x, *args: torch.empty_like(x).copy_(reference.selective_state_update(state, x, *args)),
     fake=_update_fake,
     inference=True,
 )
+
+
+def _check_groups(op: str, B: Tensor, batch: int, heads: int, state: int, device: torch.device) -> int:
+    """Checks B of the heads form and returns its number of groups."""
+    check_rank(op, "B", B, ("(batch, groups, state)",))
+    groups = B.shape[1]
+    check_tensor(op, "B", B, "(batch, groups, state)", (batch, groups, state), device)
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{op}: B has {groups} groups, which must divide the {heads} heads of x")
+    return groups
 
 
 def selective_state_update(
@@ -301,40 +311,65 @@ def selective_state_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """One step of `selective_scan`, in place on `state`: what decoding token by token calls (Gu and Dao, 2023).
+    """One step of a selective scan, in place on `state`: what decoding token by token calls.
+
+    Either one step of `selective_scan` (Gu and Dao, Mamba, 2023), or one in heads (Dao and Gu, Mamba-2, 2024).
 
     Args:
-        state: (batch, channels, state), changed in place; any floating type, best float32.
-        x, dt, z: (batch, channels). A: (channels, state). B, C: (batch, state). D, dt_bias: (channels,).
+        state: (batch, channels, state), or in heads (batch, heads, channels, state), changed in place; any floating
+            type, best float32. With `state_batch_indices` a pool of any number of rows, not of `batch` ones.
+        x, dt, z: (batch, channels), or (batch, heads, channels).
+        A: (channels, state), or (heads, channels, state). Where its last stride is 0, as in views that Mamba-2 expands,
+            one exponential does for all states of a channel.
+        B, C: (batch, state), or (batch, groups, state): head k is in group k // (heads / groups).
+        D, dt_bias: (channels,), or (heads, channels).
         dt_softplus: whether the step size is the softplus of dt + dt_bias.
+        state_batch_indices: (batch,) int32 or int64, the row of `state` that each row of the batch has. Below 0 it is
+            padding: the output is 0, and no state is read or written.
 
     Returns:
-        The output (batch, channels) in x's dtype. It has no gradient.
+        The output in x's shape and dtype. It has no gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or one that needs a gradient.
+        RuntimeError: an index that is no row of `state`, or a row that has two.
     """
     op = "selective_state_update"
-    check_rank(op, "x", x, ("(batch, channels)",))
-    (batch, channels), device = x.shape, x.device
-    check_positive(op, "x", "channel", channels)
-    check_rank(op, "A", A, ("(channels, state)",))
-    n = A.shape[1]
+    check_rank(op, "x", x, ("(batch, channels)", "(batch, heads, channels)"))
+    batch, device = x.shape[0], x.device
+    if heads := x.dim() == 3:
+        check_positive(op, "x", "head", x.shape[1])
+        middle, inner = "heads, channels", (x.shape[1], x.shape[2])
+    else:
+        middle, inner = "channels", (x.shape[1],)
+    check_positive(op, "x", "channel", inner[-1])
+    check_rank(op, "A", A, (f"({middle}, state)",))
+    n = A.shape[-1]
     check_positive(op, "A", "state", n)
-    check_tensor(op, "state", state, "(batch, channels, state)", (batch, channels, n), device)
-    check_tensor(op, "dt", dt, "(batch, channels)", (batch, channels), device)
-    check_tensor(op, "A", A, "(channels, state)", (channels, n), device)
-    check_tensor(op, "B", B, "(batch, state)", (batch, n), device)
-    check_tensor(op, "C", C, "(batch, state)", (batch, n), device)
+    first, rows = "batch", batch
+    if state_batch_indices is not None:
+        check_tensor(op, "state_batch_indices", state_batch_indices, "(batch,)", (batch,), device, INTEGER)
+        check_rank(op, "state", state, (f"(rows, {middle}, state)",))
+        first, rows = "rows", state.shape[0]
+    check_tensor(op, "state", state, f"({first}, {middle}, state)", (rows, *inner, n), device)
+    check_tensor(op, "dt", dt, f"(batch, {middle})", (batch, *inner), device)
+    check_tensor(op, "A", A, f"({middle}, state)", (*inner, n), device)
+    if heads:
+        coefficients = "(batch, groups, state)", (batch, _check_groups(op, B, batch, inner[0], n, device), n)
+    else:
+        coefficients = "(batch, state)", (batch, n)
+        check_tensor(op, "B", B, *coefficients, device)
+    check_tensor(op, "C", C, *coefficients, device)
     if z is not None:
-        check_tensor(op, "z", z, "(batch, channels)", (batch, channels), device)
+        check_tensor(op, "z", z, f"(batch, {middle})", (batch, *inner), device)
     for name, row in (("D", D), ("dt_bias", dt_bias)):
         if row is not None:
-            check_tensor(op, name, row, "(channels,)", (channels,), device)
+            check_tensor(op, name, row, f"({middle})" if heads else "(channels,)", inner, device)
     check_writable(op, "state", state)
     check_no_gradient(op, state, x, dt, A, B, C, D, z, dt_bias)
-    out: Tensor = _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    out: Tensor = _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     return out
 
 
@@ -496,7 +531,8 @@ def causal_conv1d(
 
 
 _conv_update = define(
-    "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
+    "Tensor? cache_seqlens=None, Tensor? conv_state_indices=None) -> Tensor",
     reference=lambda x, *args: torch.empty_like(x).copy_(reference.causal_conv1d_update(x, *args)),
     fake=lambda x, *args: torch.empty_like(x),
     inference=True,
@@ -504,37 +540,53 @@ _conv_update = define(
 
 
 def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """`causal_conv1d` of the next inputs, with those before them in `conv_state`, which is moved on in place.
+    """`causal_conv1d` of the next inputs, with those before them in `conv_state`, which is brought up to date in place.
 
     Args:
         x: (batch, channels) or (batch, channels, length), usually one step.
-        conv_state: (batch, channels, kept) with kept >= width - 1: the last inputs, newest last; changed in place.
+        conv_state: (batch, channels, kept) with kept >= width - 1: the last inputs, newest last; moved on in place.
+            With `conv_state_indices` a pool of any number of rows, not of `batch` ones.
         weight: (channels, width). bias: (channels,). activation: None, "silu" or "swish".
+        cache_seqlens: (batch,) int32 or int64, how many inputs each row has had. `conv_state` is then a ring that is
+            not moved: input i stands at i % kept, and x is written from cache_seqlens % kept on.
+        conv_state_indices: (batch,) int32 or int64, the row of `conv_state` that each row of the batch has. Below 0 it
+            is padding: the output is 0, and no state is read or written.
 
     Returns:
         The output in x's shape and dtype. It has no gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or one that needs a gradient.
+        RuntimeError: a negative length, an index that is no row of `conv_state`, or a row that has two.
     """
     op = "causal_conv1d_update"
     check_rank(op, "x", x, ("(batch, channels)", "(batch, channels, length)"))
-    check_positive(op, "x", "channel", x.shape[1])
+    (batch, channels), device = x.shape[:2], x.device
+    check_positive(op, "x", "channel", channels)
     width = _check_weight(op, weight, bias, x)
     check_rank(op, "conv_state", conv_state, ("(batch, channels, kept)",))
     kept = conv_state.shape[2]
-    check_tensor(op, "conv_state", conv_state, "(batch, channels, kept)", (x.shape[0], x.shape[1], kept), x.device)
+    first, rows = "batch", batch
+    if conv_state_indices is not None:
+        check_tensor(op, "conv_state_indices", conv_state_indices, "(batch,)", (batch,), device, INTEGER)
+        first, rows = "rows", conv_state.shape[0]
+    check_tensor(op, "conv_state", conv_state, f"({first}, channels, kept)", (rows, channels, kept), device)
     if kept < width - 1:
         raise ValueError(f"{op}: conv_state must keep at least width - 1 = {width - 1} inputs, got {kept}")
+    if cache_seqlens is not None:
+        check_tensor(op, "cache_seqlens", cache_seqlens, "(batch,)", (batch,), device, INTEGER)
     silu = _silu(op, activation)
     check_writable(op, "conv_state", conv_state)
     check_no_gradient(op, x, conv_state, weight, bias)
-    if x.dim() == 2:
-        step: Tensor = _conv_update(x.unsqueeze(2), conv_state, weight, bias, silu)
-        return step.squeeze(2)
-    out: Tensor = _conv_update(x, conv_state, weight, bias, silu)
+    out: Tensor = _conv_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     return out
 
 

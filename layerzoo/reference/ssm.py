@@ -273,11 +273,64 @@ def causal_conv1d_backward(
     )
 
 
-def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """`causal_conv1d` of x (b, d, l) after conv_state (b, d, s >= w - 1), which then holds the last s inputs."""
-    kept, width = conv_state.shape[2], weight.shape[1]
-    out, _ = causal_conv1d(x, weight, bias, None, conv_state[:, :, kept - (width - 1) :], silu)
-    conv_state.copy_(torch.cat([conv_state, x.to(conv_state.dtype)], 2)[:, :, x.shape[2] :])
+def _rows_of_pool(op: str, name: str, indices: Tensor | None, batch: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows of the batch that are no padding, the row of `state` that each of them has), as indices.
+
+    Raises RuntimeError for an index that is no row of `state`, or a row that has two.
+    """
+    if indices is None:
+        every = torch.arange(batch, device=state.device)
+        return every, every
+    for i, index in enumerate(indices.tolist()):
+        if index >= state.shape[0]:
+            raise RuntimeError(
+                f"{op}: {name} must be below the {state.shape[0]} rows of the state, but {name}[{i}] = {index}"
+            )
+    used = (indices >= 0).nonzero()[:, 0]
+    slots, counts = indices[used].unique(return_counts=True)
+    if (counts > 1).any():
+        twice = slots[counts > 1][0]
+        raise RuntimeError(f"{op}: {name} must not name a row of the state twice, but {twice} is there twice")
+    return used, indices[used].long()
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv1d` of x (b, d) or (b, d, l) after conv_state (rows, d, s >= w - 1).
+
+    The state then holds the last s inputs; with `cache_seqlens` (b,) as a ring, in which input i stands at i % s.
+    """
+    if x.dim() == 2:
+        return causal_conv1d_update(
+            x.unsqueeze(2), conv_state, weight, bias, silu, cache_seqlens, conv_state_indices
+        ).squeeze(2)
+    op, (batch, channels, length), kept = "causal_conv1d_update", x.shape, conv_state.shape[2]
+    used, slots = _rows_of_pool(op, "conv_state_indices", conv_state_indices, batch, conv_state)
+    state, inputs = conv_state[slots], x[used]
+    if cache_seqlens is not None:
+        past = cache_seqlens[used].long()
+        for i in used[past < 0].tolist():
+            raise RuntimeError(
+                f"{op}: cache_seqlens must not be negative, but cache_seqlens[{i}] = {cache_seqlens[i].item()}"
+            )
+        # where in the ring each of its inputs stands, from the oldest to the newest
+        ring = ((past[:, None] + torch.arange(kept, device=x.device)) % max(kept, 1)).unsqueeze(1)
+        ring = ring.expand(-1, channels, -1)
+        state = state.gather(2, ring)
+    halo = state[:, :, kept - (weight.shape[1] - 1) :]
+    out = torch.zeros_like(x)
+    out[used] = causal_conv1d(inputs, weight, bias, None, halo, silu)[0]
+    moved = torch.cat([state, inputs.to(state.dtype)], 2)[:, :, length:]
+    if cache_seqlens is not None:
+        moved = torch.empty_like(moved).scatter_(2, (ring + length) % max(kept, 1), moved)
+    conv_state[slots] = moved
     return out
 
 
@@ -292,19 +345,29 @@ def selective_state_update(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """One step of `selective_scan`, x (b, d), in place on state (b, d, n)."""
-    out, last, _ = selective_scan(
-        x.unsqueeze(2),
-        dt.unsqueeze(2),
-        A,
-        B.unsqueeze(2),
-        C.unsqueeze(2),
-        D,
-        None if z is None else z.unsqueeze(2),
-        dt_bias,
-        dt_softplus,
-        state,
-    )
-    state.copy_(last)
-    return out.squeeze(2)
+    """One step of `selective_scan`, in place on the rows that `state_batch_indices` names, or all.
+
+    x (b, d) with state (rows, d, n); or heads h of p channels: x (b, h, p), B (b, g, n) with state (rows, h, p, n).
+    """
+    if x.dim() == 2:
+        D, z, dt_bias = (None if t is None else t.unsqueeze(-2) for t in (D, z, dt_bias))
+        x, dt, A, B, C = x.unsqueeze(1), dt.unsqueeze(1), A.unsqueeze(0), B.unsqueeze(1), C.unsqueeze(1)
+        return selective_state_update(
+            state.unsqueeze(1), x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
+        ).squeeze(1)
+    acc, heads = accumulate_dtype(x), x.shape[1]
+    used, slots = _rows_of_pool("selective_state_update", "state_batch_indices", state_batch_indices, x.shape[0], state)
+    wide, s = x[used].to(acc), dt[used].to(acc)
+    s = s if dt_bias is None else s + dt_bias.to(acc)
+    step = (F.softplus(s) if dt_softplus else s).unsqueeze(3)
+    b_all, c_all = (t[used].to(acc).repeat_interleave(heads // t.shape[1], dim=1).unsqueeze(2) for t in (B, C))
+    h = torch.exp(step * A.to(acc)) * state[slots].to(acc) + step * wide.unsqueeze(3) * b_all
+    y = (h * c_all).sum(3)
+    y = y if D is None else y + D.to(acc) * wide
+    y = y if z is None else y * F.silu(z[used].to(acc))
+    state[slots] = h.to(state.dtype)
+    out = torch.zeros_like(x)
+    out[used] = y.to(x.dtype)
+    return out

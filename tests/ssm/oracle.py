@@ -233,3 +233,62 @@ def causal_conv1d_gradients(
                 inputs[b, :, t + k] += grad * weight[:, k]
         inputs[b, :, length:] += grad_final[b]
     return {"x": inputs[:, :, halo:], "weight": grad_weight, "bias": grad_bias, "initial_states": inputs[:, :, :halo]}
+
+
+def selective_state_update(
+    state: Array,
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    z: Array | None = None,
+    dt_bias: Array | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: NDArray[np.int64] | None = None,
+) -> tuple[Array, Array]:
+    """The step in heads: (out (b, h, p), state (rows, h, p, n) after it). Rows of padding give 0 and change nothing."""
+    batch, heads, channels = x.shape
+    out, after = np.zeros(x.shape), state.copy()
+    for b in range(batch):
+        row = b if state_batch_indices is None else state_batch_indices[b]
+        if row < 0:
+            continue
+        for h in range(heads):
+            group = h * B.shape[1] // heads
+            for p in range(channels):
+                s = np.float64(dt[b, h, p] + (0 if dt_bias is None else dt_bias[h, p]))
+                step = softplus(s) if dt_softplus else s
+                after[row, h, p] = np.exp(step * A[h, p]) * state[row, h, p] + step * x[b, h, p] * B[b, group]
+                y = C[b, group] @ after[row, h, p] + (0 if D is None else D[h, p] * x[b, h, p])
+                out[b, h, p] = y if z is None else y * z[b, h, p] * sigmoid(z[b, h, p])
+    return out, after
+
+
+def causal_conv1d_update(
+    x: Array,
+    conv_state: Array,
+    weight: Array,
+    bias: Array | None = None,
+    silu: bool = False,
+    cache_seqlens: NDArray[np.int64] | None = None,
+    conv_state_indices: NDArray[np.int64] | None = None,
+) -> tuple[Array, Array]:
+    """Input by input: (out (b, d, l), conv_state (rows, d, kept) after them), which is a ring with `cache_seqlens`."""
+    batch, channels, length = x.shape
+    kept, halo = conv_state.shape[2], weight.shape[1] - 1
+    out, after = np.zeros(x.shape), conv_state.copy()
+    for b in range(batch):
+        row = b if conv_state_indices is None else conv_state_indices[b]
+        for t in range(length if row >= 0 else 0):
+            first = kept if cache_seqlens is None else int(cache_seqlens[b]) + t  # where the input at hand belongs
+            y = (np.zeros(channels) if bias is None else bias.copy()) + weight[:, halo] * x[b, :, t]
+            for k in range(halo):
+                y += weight[:, k] * after[row, :, (first - halo + k) % kept]
+            out[b, :, t] = y * sigmoid(y) if silu else y
+            if cache_seqlens is None:
+                after[row] = np.concatenate([after[row], x[b, :, t, None]], 1)[:, 1:]
+            elif kept:
+                after[row, :, first % kept] = x[b, :, t]
+    return out, after

@@ -269,7 +269,7 @@ BAD_CONV: list[Bad] = [
     ({"activation": "relu"}, ValueError, ("activation must be None, 'silu' or 'swish'", "got 'relu'")),
 ]
 BAD_STEP: list[Bad] = [
-    ({"x": torch.ones(2, 4, 1)}, ValueError, ("x must have shape (batch, channels)", "got (2, 4, 1)")),
+    ({"x": torch.ones(4)}, ValueError, ("x must have shape (batch, channels) or (batch, heads, channels)", "(4,)")),
     ({"x": torch.ones(2, 4).long()}, TypeError, ("x must have dtype", "got int64")),
     ({"state": torch.ones(2, 3, 4)}, ValueError, ("state", "(batch, channels, state) = (2, 4, 3)", "got (2, 3, 4)")),
     ({"state": torch.ones(2, 4, 3, **meta)}, ValueError, ("state must be on cpu", "got meta")),

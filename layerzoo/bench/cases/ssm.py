@@ -138,6 +138,77 @@ def _conv_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
     return Cost(read=3 * x, written=2 * x, flops=steps * (8 * shape["W"] + 12), exps=2 * steps)
 
 
+# ---- selective_state_update ----
+
+
+def _update_inputs(shape: Shape, heads: bool) -> Tensors:
+    """One step of decoding, in Mamba-2's heads with what a head has once expanded over it, or plain."""
+    generator = torch.Generator().manual_seed(0)
+    batch, state = shape["B"], shape["N"]
+    front = (shape["H"], shape["P"]) if heads else (shape["D"],)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    def parameter(*size: int) -> Tensor:
+        return normal(*size[:-1], 1).expand(size) if heads else normal(*size)
+
+    A = -torch.arange(1.0, front[0] + 1).view(-1, 1, 1) / front[0] if heads else -torch.arange(1.0, state + 1)
+    coefficients = (batch, shape["G"], state) if heads else (batch, state)
+    return {
+        "state": normal(batch, *front, state),
+        "x": normal(batch, *front),
+        "dt": parameter(batch, *front),
+        "A": A.expand(*front, state) if heads else A.repeat(*front, 1),
+        "B": normal(*coefficients),
+        "C": normal(*coefficients),
+        "D": parameter(*front),
+        "z": normal(batch, *front),
+        "dt_bias": parameter(*front),
+    }
+
+
+def _update_ours(inputs: Tensors) -> Work:
+    """Each call goes on from the state that the one before left."""
+    arguments: Any = inputs | {"state": inputs["state"].clone()}
+    return Work(lambda: ops.selective_state_update(**arguments, dt_softplus=True))
+
+
+def _update_reference(inputs: Tensors) -> Work:
+    arguments: Any = {name: x.double() for name, x in inputs.items()}
+    return Work(lambda: reference.ssm.selective_state_update(**arguments, dt_softplus=True))
+
+
+def _update_plain(inputs: Tensors) -> Work:
+    """In torch's own operations, as a model without kernels decodes."""
+    state = inputs["state"].clone()
+    x, dt, A, B, C, D, z, bias = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias"))
+    if heads := x.dim() == 3:
+        B, C = (t.repeat_interleave(x.shape[1] // t.shape[1], dim=1) for t in (B, C))
+    B, C = B.unsqueeze(-2), C.unsqueeze(-2)
+
+    def call() -> Tensor:
+        step = F.softplus(dt + bias)
+        decay = torch.exp(step[..., :1, None] * A[:, :1, :1]) if heads else torch.exp(step.unsqueeze(-1) * A)
+        state.mul_(decay).addcmul_((step * x).unsqueeze(-1), B)
+        out: Tensor = (torch.matmul(state, C.mT).squeeze(-1) + D * x) * F.silu(z)
+        return out
+
+    return Work(call)
+
+
+def _update_cost(shape: Shape, inputs: Tensors, heads: bool) -> Cost:
+    """Of one state: h = decay h + dt u B and y += C h, and, but for heads, the decay. Expanded views count once."""
+    out, state = inputs["x"], inputs["state"]
+    given = sum(x.untyped_storage().nbytes() for x in inputs.values())
+    return Cost(
+        read=given,
+        written=state.nbytes + out.nbytes,
+        flops=(5 if heads else 6) * state.numel() + 10 * out.numel(),
+        exps=(2 * out.numel() if heads else state.numel() + 2 * out.numel()),
+    )
+
+
 # ---- transformers' Mamba block ----
 
 
@@ -305,6 +376,26 @@ def _conv_case(layout: str, backward: bool) -> Case:
     )
 
 
+def _update_case(heads: bool) -> Case:
+    sizes = {"H": 24, "P": 64, "N": 128, "G": 1} if heads else {"D": 1536, "N": 16}
+    small = {"H": 4, "P": 8, "N": 16, "G": 2} if heads else {"D": 24, "N": 16}
+    return Case(
+        "ssm.selective_state_update",
+        "heads" if heads else "plain",
+        "forward",
+        shape={"B": 64 if heads else 704, **sizes},  # 50 and 69 MB of state
+        check={"B": 2, **small},
+        inputs=partial(_update_inputs, heads=heads),
+        ours=Candidate("layerzoo", _update_ours),
+        reference=Candidate("reference", _update_reference),
+        peers=(Candidate("torch", _update_plain),),
+        dtypes=DTYPES,
+        wide=("state", "A", "D", "dt_bias"),
+        elements=("B", "H", "P", "N") if heads else ("B", "D", "N"),
+        cost=partial(_update_cost, heads=heads),
+    )
+
+
 def _block_case(length: int, backward: bool, loop: Candidate, targets: tuple[Target, ...] = ()) -> Case:
     return Case(
         "ssm.mamba_block",
@@ -348,6 +439,8 @@ def _model_case(length: int, decode: bool, targets: tuple[Target, ...] = ()) -> 
 CASES = (
     *(_scan_case(layout, backward) for layout in LAYOUTS for backward in (False, True)),
     *(_conv_case(layout, backward) for layout in LAYOUTS for backward in (False, True)),
+    _update_case(heads=True),
+    _update_case(heads=False),
     _block_case(1024, False, LOOP, (Target("x transformers", at_least=6), Target("x mambapy", at_least=6))),
     _block_case(128, True, LOOP),
     _block_case(
