@@ -91,14 +91,27 @@ __attribute__((always_inline)) inline void for_each_block(int64_t begin, int64_t
 
 // ---- time ----
 
+// What a head has in one chunk.
+struct Spot {
+  int64_t b, t0, h;
+  int steps;
+  const uint8_t* marks;
+
+  static Spot at(const SsdArgs& a, int64_t b, int64_t chunk, int64_t h) {
+    const int64_t t0 = chunk * Q;
+    return {b, t0, h, a.steps(chunk), a.marks ? a.marks + b * a.l + t0 : nullptr};
+  }
+  bool padding(int t) const { return marks && marks[t] == kPadding; }
+};
+
 // Calls f(begin, end, restart) for the runs of steps that belong to one sequence. Padding stays inside a run: its dt and
 // everything else read there is zero, so the state goes over it.
 template <class F>
-inline void for_each_sequence(const uint8_t* marks, int steps, const F& f) {
-  for (int begin = 0; begin < steps;) {
+inline void for_each_sequence(const Spot& spot, const F& f) {
+  for (int begin = 0; begin < spot.steps;) {
     int end = begin + 1;
-    while (end < steps && !(marks && marks[end] == kRestart)) ++end;
-    f(begin, end, marks && marks[begin] == kRestart);
+    while (end < spot.steps && !(spot.marks && spot.marks[end] == kRestart)) ++end;
+    f(begin, end, spot.marks && spot.marks[begin] == kRestart);
     begin = end;
   }
 }
@@ -112,14 +125,14 @@ struct Steps {
   alignas(64) S from_start[kPitch<S>], to_end[kPitch<S>];  // decays between a step and the ends of its run
   alignas(64) S weight[kPitch<S>];                         // to_end dt
 
-  void load(const SsdArgs& a, int64_t b, int64_t h, int64_t t0, int steps, const uint8_t* marks) {
+  void load(const SsdArgs& a, const Spot& spot) {
     constexpr int W = kLanes<S>, kTogether = 2;
     std::memset(dt, 0, sizeof dt);
     LZ_DISPATCH_DTYPE(a.dt.dtype, T, {
-      const T* p = static_cast<const T*>(a.dt.data) + a.dt.at(b, t0, h);
-      for (int t = 0; t < steps; ++t) dt[t] = to<S>(p[t * a.dt.time]);
+      const T* p = static_cast<const T*>(a.dt.data) + a.dt.at(spot.b, spot.t0, spot.h);
+      for (int t = 0; t < spot.steps; ++t) dt[t] = to<S>(p[t * a.dt.time]);
     })
-    const Vec<S> bias = splat<S>(a.bias ? static_cast<const S*>(a.bias)[h] : S(0));
+    const Vec<S> bias = splat<S>(a.bias ? static_cast<const S*>(a.bias)[spot.h] : S(0));
     const Vec<S> low = splat<S>(static_cast<S>(a.low)), high = splat<S>(static_cast<S>(a.high)), one = splat<S>(1);
     for (int t = 0; t < Q; t += kTogether * W) {
       Vec<S> x[kTogether], sig[kTogether];
@@ -137,7 +150,7 @@ struct Steps {
       }
     }
     for (int t = 0; t < Q; ++t)
-      if (t >= steps || (marks && marks[t] == kPadding)) dt[t] = slope[t] = 0;
+      if (t >= spot.steps || spot.padding(t)) dt[t] = slope[t] = 0;
   }
 
   // The decays of the run [begin, end) of a head with rate A.
@@ -199,60 +212,100 @@ inline void mix(const Steps<S>& steps, const S* products, int begin, int end, S*
 
 // ---- tiles ----
 
-inline const uint8_t* marks_at(const SsdArgs& a, int64_t b, int64_t t0) {
-  return a.marks ? a.marks + b * a.l + t0 : nullptr;
+// A matrix of `rows` rows from and to panels [panel][height][kPanel]; columns beyond its own are read as zero. Row by
+// row where columns lie together, so that what is neighbour in memory is read together.
+template <class S, class T>
+inline void load_panels_as(const T* p, int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t height, S* panels) {
+  constexpr int V = kPanel<S>, W = kLanes<S>;
+  const int64_t whole = col == 1 ? cols / V : 0;
+  for (int64_t r = 0; whole && r < rows; ++r)
+    for (int64_t j = 0; j < whole; ++j)
+      for (int i = 0; i < V; i += W) store<S>(panels + (j * height + r) * V + i, load_as<S>(p + r * row + j * V + i));
+  for (int64_t c = whole * V; c < cols; c += V) {
+    S* panel = panels + c * height;
+    if (cols - c < V) std::memset(panel, 0, rows * V * sizeof(S));
+    load_matrix_as<S>(p + c * col, row, col, static_cast<int>(rows), static_cast<int>(cols - c < V ? cols - c : V),
+                      panel, V);
+  }
 }
 
-// Panel j of a head over a chunk, [Q][kPanel], zero beyond the channels and the steps, and at padding.
+template <class S, class T>
+inline void store_panels_as(T* p, int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t height,
+                            const S* panels) {
+  constexpr int V = kPanel<S>, W = kLanes<S>;
+  const int64_t whole = col == 1 ? cols / V : 0;
+  for (int64_t r = 0; whole && r < rows; ++r)
+    for (int64_t j = 0; j < whole; ++j)
+      for (int i = 0; i < V; i += W) store_as<S>(p + r * row + j * V + i, load<S>(panels + (j * height + r) * V + i));
+  for (int64_t c = whole * V; c < cols; c += V)
+    store_matrix_as<S>(p + c * col, row, col, static_cast<int>(rows), static_cast<int>(cols - c < V ? cols - c : V),
+                       panels + c * height, V);
+}
+
 template <class S>
-inline void load_panel(const Heads& x, const SsdArgs& a, int64_t b, int64_t t0, int64_t h, int64_t j, int steps,
-                       S* panel) {
+inline void zero_padding(const SsdArgs& a, const Spot& spot, S* panels) {
   constexpr int V = kPanel<S>;
-  const int width = static_cast<int>(a.p - j * V < V ? a.p - j * V : V);
-  if (width < V || steps < Q) std::memset(panel, 0, Q * V * sizeof(S));
+  for (int t = 0; spot.marks && t < spot.steps; ++t)
+    for (int64_t j = 0; spot.padding(t) && j < panels_of(a.p, V); ++j)
+      std::memset(panels + (j * Q + t) * V, 0, V * sizeof(S));
+}
+
+// A head over a chunk, zero beyond the steps and at padding.
+template <class S>
+inline void load_head(const SsdArgs& a, const Heads& x, const Spot& spot, S* panels) {
+  constexpr int V = kPanel<S>;
+  if (spot.steps < Q) std::memset(panels, 0, panels_of(a.p, V) * Q * V * sizeof(S));
   LZ_DISPATCH_DTYPE(x.dtype, T, {
-    const T* p = static_cast<const T*>(x.data) + x.at(b, t0, h) + j * V * x.lane;
-    load_matrix_as<S>(p, x.time, x.lane, steps, width, panel, V);
+    const T* p = static_cast<const T*>(x.data) + x.at(spot.b, spot.t0, spot.h);
+    load_panels_as<S>(p, x.time, x.lane, spot.steps, a.p, Q, panels);
   })
-  if (const uint8_t* marks = marks_at(a, b, t0))
-    for (int t = 0; t < steps; ++t)
-      if (marks[t] == kPadding) std::memset(panel + t * V, 0, V * sizeof(S));
+  zero_padding<S>(a, spot, panels);
 }
 
 // The other way; padding gets zeros.
 template <class S>
-inline void store_panel(const Heads& x, const SsdArgs& a, int64_t b, int64_t t0, int64_t h, int64_t j, int steps,
-                        S* panel) {
-  constexpr int V = kPanel<S>;
-  const int width = static_cast<int>(a.p - j * V < V ? a.p - j * V : V);
-  if (const uint8_t* marks = marks_at(a, b, t0))
-    for (int t = 0; t < steps; ++t)
-      if (marks[t] == kPadding) std::memset(panel + t * V, 0, V * sizeof(S));
+inline void store_head(const SsdArgs& a, const Heads& x, const Spot& spot, S* panels) {
+  zero_padding<S>(a, spot, panels);
   LZ_DISPATCH_DTYPE(x.dtype, T, {
-    T* p = static_cast<T*>(x.data) + x.at(b, t0, h) + j * V * x.lane;
-    store_matrix_as<S>(p, x.time, x.lane, steps, width, panel, V);
+    T* p = static_cast<T*>(x.data) + x.at(spot.b, spot.t0, spot.h);
+    store_panels_as<S>(p, x.time, x.lane, spot.steps, a.p, Q, panels);
   })
 }
 
-// States in panels [panel][n][kPanel] from and to a matrix (n, p) of these strides.
+// States in panels from and to a matrix (n, p) of these strides.
 template <class S>
 inline void load_state(const SsdArgs& a, const S* state, int64_t row, int64_t col, S* panels) {
-  constexpr int V = kPanel<S>;
-  for (int64_t p0 = 0; p0 < a.p; p0 += V, panels += a.n * V) {
-    const int width = static_cast<int>(a.p - p0 < V ? a.p - p0 : V);
-    if (width < V) std::memset(panels, 0, a.n * V * sizeof(S));
-    load_matrix_as<S>(state + p0 * col, row, col, static_cast<int>(a.n), width, panels, V);
-  }
+  load_panels_as<S, S>(state, row, col, a.n, a.p, a.n, panels);
 }
 
 template <class S>
 inline void store_state(const SsdArgs& a, const S* panels, S* state, int64_t row, int64_t col) {
-  constexpr int V = kPanel<S>;
-  for (int64_t p0 = 0; p0 < a.p; p0 += V, panels += a.n * V) {
-    const int width = static_cast<int>(a.p - p0 < V ? a.p - p0 : V);
-    store_matrix_as<S>(state + p0 * col, row, col, static_cast<int>(a.n), width, panels, V);
-  }
+  store_panels_as<S, S>(state, row, col, a.n, a.p, a.n, panels);
 }
+
+// Cache lines of a head that will be read soon. Its rows are too far apart for the processor to guess; each turn of a
+// loop over other work asks for a few.
+class Soon {
+ public:
+  Soon() = default;
+  Soon(const SsdArgs& a, const Heads& x, const Spot& spot, int64_t turns) {
+    if (!x || x.lane != 1) return;
+    const int64_t size = x.dtype == DType::f64 ? 8 : x.dtype == DType::f32 ? 4 : 2;
+    row_ = static_cast<const char*>(x.data) + size * x.at(spot.b, spot.t0, spot.h);
+    stride_ = size * x.time, bytes_ = size * a.p, rows_ = spot.steps;
+    each_ = ((bytes_ + 63) / 64 * rows_ + turns - 1) / turns;
+  }
+  void fetch() {
+    for (int64_t i = 0; i < each_ && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + at_);
+      if ((at_ += 64) >= bytes_) at_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, rows_ = 0, at_ = 0, each_ = 0;
+};
 
 // What ssd_pack leaves for a chunk of a group: B and C as planes [n][steps], and the plane [t][s] of their products.
 template <class S>
@@ -291,10 +344,11 @@ inline void read_out(const SsdArgs& a, const Packed<S>& packed, const Steps<S>& 
 // h <- total h + sum over s of B_s (weight x)_s in one panel; nothing of h where it counts as zero.
 template <class S>
 inline void advance(const SsdArgs& a, const S* B, int begin, int end, const S* weighted, S total, bool from_zero,
-                    S* state) {
+                    Soon& soon, S* state) {
   constexpr int V = kPanel<S>, P = kPitch<S>;
   for_each_block(0, a.n, [&](int64_t i, auto rows) {
     constexpr int R = rows();
+    soon.fetch();
     Vec<S> acc[R][2] = {};
     if (!from_zero) {
       load_block<S, R>(state + i * V, V, acc);

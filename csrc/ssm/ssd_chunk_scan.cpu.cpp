@@ -6,17 +6,15 @@ namespace layerzoo::LZ_ISA {
 namespace {
 
 template <class S>
-void load_plane(const Heads& x, const SsdArgs& a, int64_t b, int64_t t0, int64_t g, int steps, S* plane) {
+void load_plane(const SsdArgs& a, const Heads& x, const Spot& spot, S* plane) {
   constexpr int P = kPitch<S>;
   std::memset(plane, 0, a.n * P * sizeof(S));
   LZ_DISPATCH_DTYPE(x.dtype, T, {
-    const T* p = static_cast<const T*>(x.data) + x.at(b, t0, g);
-    load_matrix_as<S>(p, x.lane, x.time, static_cast<int>(a.n), steps, plane, P);
+    const T* p = static_cast<const T*>(x.data) + x.at(spot.b, spot.t0, spot.h);
+    load_matrix_as<S>(p, x.lane, x.time, static_cast<int>(a.n), spot.steps, plane, P);
   })
-  if (const uint8_t* marks = marks_at(a, b, t0))
-    for (int t = 0; t < steps; ++t)
-      if (marks[t] == kPadding)
-        for (int64_t i = 0; i < a.n; ++i) plane[i * P + t] = 0;
+  for (int t = 0; spot.marks && t < spot.steps; ++t)
+    for (int64_t i = 0; spot.padding(t) && i < a.n; ++i) plane[i * P + t] = 0;
 }
 
 template <class S>
@@ -24,12 +22,12 @@ void pack_as(const SsdArgs& a, int64_t begin, int64_t end) {
   constexpr int V = kPanel<S>, P = kPitch<S>;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task % a.chunks(), g = task / a.chunks() % a.g, b = task / a.chunks() / a.g;
-    const int steps = a.steps(chunk);
+    const Spot spot = Spot::at(a, b, chunk, g);
     const Packed<S> packed(a, b, g, chunk);
-    load_plane<S>(a.B, a, b, chunk * Q, g, steps, packed.B);
-    load_plane<S>(a.C, a, b, chunk * Q, g, steps, packed.C);
+    load_plane<S>(a, a.B, spot, packed.B);
+    load_plane<S>(a, a.C, spot, packed.C);
     std::memset(packed.products, 0, Q * P * sizeof(S));
-    for_each_block(0, steps, [&](int64_t t, auto rows) {
+    for_each_block(0, spot.steps, [&](int64_t t, auto rows) {
       constexpr int R = rows();
       for (int64_t s = 0; s < t + R; s += V) {
         Vec<S> acc[R][2] = {};
@@ -42,59 +40,61 @@ void pack_as(const SsdArgs& a, int64_t begin, int64_t end) {
 
 template <class S>
 struct Scratch {
-  S *x, *y, *weighted, *mixed, *state;  // of one panel; the state of all
+  S *x, *y, *state;     // all panels of a head
+  S *weighted, *mixed;  // one panel, one plane
 
   static int64_t count(const SsdArgs& a) {
-    return 3 * Q * kPanel<S> + Q * kPitch<S> + panels_of(a.p, kPanel<S>) * a.n * kPanel<S>;
+    return panels_of(a.p, kPanel<S>) * (2 * Q + a.n) * kPanel<S> + Q * kPanel<S> + Q * kPitch<S>;
   }
   Scratch(const SsdArgs& a, void* memory) {
+    const int64_t width = panels_of(a.p, kPanel<S>) * kPanel<S>;
     Room<S> room{static_cast<S*>(memory)};
-    for (S** panel : {&x, &y, &weighted}) *panel = room.take(Q * kPanel<S>);
-    mixed = room.take(Q * kPitch<S>);
-    state = room.take(panels_of(a.p, kPanel<S>) * a.n * kPanel<S>);
+    x = room.take(Q * width), y = room.take(Q * width), state = room.take(a.n * width);
+    weighted = room.take(Q * kPanel<S>), mixed = room.take(Q * kPitch<S>);
   }
 };
 
 template <class S>
-void gate(const SsdArgs& a, int64_t b, int64_t t0, int64_t h, int64_t j, int steps, S* z, S* y) {
-  constexpr int W = kLanes<S>;
-  load_panel<S>(a.z, a, b, t0, h, j, steps, z);
-  silu<S>(2 * steps, z);
-  for (int i = 0; i < 2 * steps; ++i) store<S>(y + i * W, load<S>(y + i * W) * load<S>(z + i * W));
+void scan_panel(const SsdArgs& a, const Spot& spot, const Packed<S>& packed, const Steps<S>& steps, int64_t j,
+                bool zero, const Scratch<S>& scratch, Soon& soon) {
+  constexpr int V = kPanel<S>;
+  const S* x = scratch.x + j * Q * V;
+  S* state = scratch.state + j * a.n * V;
+  Vec<S> D[2];
+  load_D<S>(a, spot.h, j, D);
+  for (int t = 0; t < spot.steps; ++t)
+    for (int i = 0; i < V; i += kLanes<S>)
+      store<S>(scratch.weighted + t * V + i, load<S>(x + t * V + i) * steps.weight[t]);
+  for_each_sequence(spot, [&](int begin, int end, bool restart) {
+    const bool from_zero = zero || restart;
+    read_out<S>(a, packed, steps, scratch.mixed, begin, end, x, from_zero ? nullptr : state, D, scratch.y + j * Q * V);
+    advance<S>(a, packed.B, begin, end, scratch.weighted, steps.from_start[end - 1], from_zero, soon, state);
+    zero = false;
+  });
 }
 
 template <class S>
-void scan_chunk(const SsdArgs& a, int64_t b, int64_t h, int64_t chunk, bool& zero, const Scratch<S>& scratch) {
-  constexpr int V = kPanel<S>;
-  const int64_t t0 = chunk * Q, panels = panels_of(a.p, V);
-  const int count = a.steps(chunk);
-  const uint8_t* marks = marks_at(a, b, t0);
-  const Packed<S> packed(a, b, h / (a.h / a.g), chunk);
+void scan_chunk(const SsdArgs& a, const Spot& spot, int64_t chunk, bool zero, const Scratch<S>& scratch) {
+  constexpr int W = kLanes<S>;
+  const int64_t panels = panels_of(a.p, kPanel<S>);
+  const Packed<S> packed(a, spot.b, spot.h / (a.h / a.g), chunk);
+  Soon soon;
+  if (chunk + 1 < a.chunks()) soon = Soon(a, a.x, Spot::at(a, spot.b, chunk + 1, spot.h), panels * (a.n + 5) / 6);
   Steps<S> steps;
-  steps.load(a, b, h, t0, count, marks);
-  for_each_sequence(marks, count, [&](int begin, int end, bool restart) {
-    steps.decay(static_cast<const S*>(a.A)[h], begin, end);
+  steps.load(a, spot);
+  for_each_sequence(spot, [&](int begin, int end, bool) {
+    steps.decay(static_cast<const S*>(a.A)[spot.h], begin, end);
     mix<S>(steps, packed.products, begin, end, scratch.mixed);
   });
-  for (int64_t j = 0; j < panels; ++j) {
-    S* state = scratch.state + j * a.n * V;
-    Vec<S> D[2];
-    load_D<S>(a, h, j, D);
-    load_panel<S>(a.x, a, b, t0, h, j, count, scratch.x);
-    for (int t = 0; t < count; ++t)
-      for (int i = 0; i < V; i += kLanes<S>)
-        store<S>(scratch.weighted + t * V + i, load<S>(scratch.x + t * V + i) * steps.weight[t]);
-    bool from_zero = zero;
-    for_each_sequence(marks, count, [&](int begin, int end, bool restart) {
-      from_zero |= restart;
-      read_out<S>(a, packed, steps, scratch.mixed, begin, end, scratch.x, from_zero ? nullptr : state, D, scratch.y);
-      advance<S>(a, packed.B, begin, end, scratch.weighted, steps.from_start[end - 1], from_zero, state);
-      from_zero = false;
-    });
-    if (a.z) gate<S>(a, b, t0, h, j, count, scratch.x, scratch.y);
-    store_panel<S>(a.out, a, b, t0, h, j, count, scratch.y);
+  load_head<S>(a, a.x, spot, scratch.x);
+  for (int64_t j = 0; j < panels; ++j) scan_panel<S>(a, spot, packed, steps, j, zero, scratch, soon);
+  if (a.z) {
+    load_head<S>(a, a.z, spot, scratch.x);
+    silu<S>(static_cast<int>(2 * Q * panels), scratch.x);
+    for (int64_t i = 0; i < 2 * Q * panels * W; i += W)
+      store<S>(scratch.y + i, load<S>(scratch.y + i) * load<S>(scratch.x + i));
   }
-  zero = false;
+  store_head<S>(a, a.out, spot, scratch.y);
 }
 
 template <class S>
@@ -103,17 +103,15 @@ void scan(const SsdArgs& a, void* memory, int64_t begin, int64_t end) {
   std::memset(memory, 0, Scratch<S>::count(a) * sizeof(S));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / a.h, h = task % a.h;
-    bool zero = !a.initial;
-    if (zero)
-      std::memset(scratch.state, 0, panels_of(a.p, kPanel<S>) * a.n * kPanel<S> * sizeof(S));
-    else
+    std::memset(scratch.state, 0, panels_of(a.p, kPanel<S>) * a.n * kPanel<S> * sizeof(S));
+    if (a.initial)
       load_state<S>(a, static_cast<const S*>(a.initial) + task * a.p * a.n, 1, a.n, scratch.state);
     for (int64_t chunk = 0; chunk < a.chunks(); ++chunk) {
       if (a.states) {
         S* kept = static_cast<S*>(a.states) + ((b * a.chunks() + chunk) * a.h + h) * a.n * a.p;
         store_state<S>(a, scratch.state, kept, a.p, 1);
       }
-      scan_chunk<S>(a, b, h, chunk, zero, scratch);
+      scan_chunk<S>(a, Spot::at(a, b, chunk, h), chunk, chunk == 0 && !a.initial, scratch);
     }
     store_state<S>(a, scratch.state, static_cast<S*>(a.final_states) + task * a.p * a.n, 1, a.n);
   }

@@ -10,15 +10,16 @@ const S* state_at(const SsdArgs& a, const void* states, int64_t b, int64_t chunk
   return static_cast<const S*>(states) + ((b * a.chunks() + chunk) * a.h + h) * a.n * a.p;
 }
 
-// The gradient of y in a panel. With a gate, `slope` becomes that of out by z, times grad_out.
+// The gradient of y over a chunk. With a gate, `slope` becomes that of out by z, times grad_out.
 template <class S>
-void load_grad_y(const SsdGradArgs& a, int64_t b, int64_t t0, int64_t h, int64_t j, int steps, S* z, S* slope,
-                 S* grad_y) {
-  load_panel<S>(a.grad_out, a, b, t0, h, j, steps, grad_y);
+void load_grad_y(const SsdGradArgs& a, const Spot& spot, S* z, S* slope, S* grad_y) {
+  constexpr int W = kLanes<S>;
+  load_head<S>(a, a.grad_out, spot, grad_y);
   if (!a.z) return;
-  std::memcpy(slope, grad_y, Q * kPanel<S> * sizeof(S));
-  load_panel<S>(a.z, a, b, t0, h, j, steps, z);
-  silu_backward<S>(z, 2 * steps, slope, grad_y);
+  const int64_t rows = 2 * Q * panels_of(a.p, kPanel<S>);
+  std::memcpy(slope, grad_y, rows * W * sizeof(S));
+  load_head<S>(a, a.z, spot, z);
+  silu_backward<S>(z, static_cast<int>(rows), slope, grad_y);
 }
 
 // ---- from chunk to chunk ----
@@ -27,40 +28,38 @@ template <class S>
 struct CarryScratch {
   S *grad_y, *z, *slope, *carry;
 
-  static int64_t count(const SsdArgs& a) {
-    return 3 * Q * kPanel<S> + panels_of(a.p, kPanel<S>) * a.n * kPanel<S>;
-  }
-  CarryScratch(const SsdArgs&, void* memory) {
+  static int64_t count(const SsdArgs& a) { return panels_of(a.p, kPanel<S>) * kPanel<S> * (3 * Q + a.n); }
+  CarryScratch(const SsdArgs& a, void* memory) {
+    const int64_t width = panels_of(a.p, kPanel<S>) * kPanel<S>;
     Room<S> room{static_cast<S*>(memory)};
-    for (S** panel : {&grad_y, &z, &slope}) *panel = room.take(Q * kPanel<S>);
-    carry = room.next;
+    for (S** head : {&grad_y, &z, &slope}) *head = room.take(Q * width);
+    carry = room.take(a.n * width);
   }
 };
 
 // The gradient of the state before a chunk from that of the state after it: only its first sequence comes from there.
 template <class S>
-void carry_over(const SsdGradArgs& a, int64_t b, int64_t h, int64_t chunk, const CarryScratch<S>& scratch) {
+void carry_over(const SsdGradArgs& a, const Spot& spot, int64_t chunk, const CarryScratch<S>& scratch) {
   constexpr int V = kPanel<S>;
-  const int64_t t0 = chunk * Q;
-  const int count = a.steps(chunk);
-  const uint8_t* marks = marks_at(a, b, t0);
-  const Packed<S> packed(a, b, h / (a.h / a.g), chunk);
+  const int64_t panels = panels_of(a.p, V);
+  const Packed<S> packed(a, spot.b, spot.h / (a.h / a.g), chunk);
   int end = 0;
-  for_each_sequence(marks, count, [&](int first, int last, bool restart) {
+  for_each_sequence(spot, [&](int first, int last, bool restart) {
     if (first == 0 && !restart) end = last;
   });
-  if (end == 0) return void(std::memset(scratch.carry, 0, panels_of(a.p, V) * a.n * V * sizeof(S)));
+  if (end == 0) return void(std::memset(scratch.carry, 0, panels * a.n * V * sizeof(S)));
+  Soon soon;
+  if (chunk > 0) soon = Soon(a, a.grad_out, Spot::at(a, spot.b, chunk - 1, spot.h), panels * (a.n + 5) / 6);
   Steps<S> steps;
-  steps.load(a, b, h, t0, count, marks);
-  steps.decay(static_cast<const S*>(a.A)[h], 0, end);
-  for (int64_t j = 0; j < panels_of(a.p, V); ++j) {
-    load_grad_y<S>(a, b, t0, h, j, count, scratch.z, scratch.slope, scratch.grad_y);
+  steps.load(a, spot);
+  steps.decay(static_cast<const S*>(a.A)[spot.h], 0, end);
+  load_grad_y<S>(a, spot, scratch.z, scratch.slope, scratch.grad_y);
+  for (int64_t j = 0; j < panels; ++j) {
+    S* grad_y = scratch.grad_y + j * Q * V;
     for (int t = 0; t < end; ++t)
-      for (int i = 0; i < V; i += kLanes<S>) {
-        S* row = scratch.grad_y + t * V + i;
-        store<S>(row, load<S>(row) * steps.from_start[t]);
-      }
-    advance<S>(a, packed.C, 0, end, scratch.grad_y, steps.from_start[end - 1], end < count,
+      for (int i = 0; i < V; i += kLanes<S>)
+        store<S>(grad_y + t * V + i, load<S>(grad_y + t * V + i) * steps.from_start[t]);
+    advance<S>(a, packed.C, 0, end, grad_y, steps.from_start[end - 1], end < spot.steps, soon,
                scratch.carry + j * a.n * V);
   }
 }
@@ -74,7 +73,7 @@ void carry(const SsdGradArgs& a, void* memory, int64_t begin, int64_t end) {
     if (a.grad_final) load_state<S>(a, static_cast<const S*>(a.grad_final) + state, 1, a.n, scratch.carry);
     for (int64_t chunk = a.chunks() - 1; chunk >= 0; --chunk) {
       store_state<S>(a, scratch.carry, const_cast<S*>(state_at<S>(a, a.carries, b, chunk, h)), a.p, 1);
-      carry_over<S>(a, b, h, chunk, scratch);
+      carry_over<S>(a, Spot::at(a, b, chunk, h), chunk, scratch);
     }
     if (a.grad_initial) store_state<S>(a, scratch.carry, static_cast<S*>(a.grad_initial) + state, 1, a.n);
   }
@@ -84,8 +83,8 @@ void carry(const SsdGradArgs& a, void* memory, int64_t begin, int64_t end) {
 
 template <class S>
 struct GradScratch {
-  S *x, *grad_y, *grad_x, *slope;                   // all panels of a head
-  S *z, *y;                                         // one panel
+  S *x, *grad_y, *grad_x, *slope, *z;               // all panels of a head
+  S* y;                                             // one panel
   S *x_plane, *grad_y_plane;                        // [channel][step]
   S *pairs, *mixed, *mixed_dt, *products, *turned;  // [t][s]; `products` the gradient of C_t B_s, `turned` its [s][t]
   S *state, *carry;
@@ -94,14 +93,14 @@ struct GradScratch {
   static int64_t count(const SsdArgs& a) {
     constexpr int64_t V = kPanel<S>, P = kPitch<S>;
     const int64_t panels = panels_of(a.p, V);
-    return panels * (4 * Q * V + 2 * V * P + 2 * a.n * V) + 2 * Q * V + 5 * Q * P + 2 * Q * kLanes<S>;
+    return panels * (5 * Q * V + 2 * V * P + 2 * a.n * V) + Q * V + 5 * Q * P + 2 * Q * kLanes<S>;
   }
   GradScratch(const SsdArgs& a, void* memory) {
     constexpr int64_t V = kPanel<S>, P = kPitch<S>;
     const int64_t panels = panels_of(a.p, V);
     Room<S> room{static_cast<S*>(memory)};
-    for (S** field : {&x, &grad_y, &grad_x, &slope}) *field = room.take(panels * Q * V);
-    for (S** field : {&z, &y}) *field = room.take(Q * V);
+    for (S** field : {&x, &grad_y, &grad_x, &slope, &z}) *field = room.take(panels * Q * V);
+    y = room.take(Q * V);
     for (S** field : {&x_plane, &grad_y_plane}) *field = room.take(panels * V * P);
     for (S** field : {&pairs, &mixed, &mixed_dt, &products, &turned}) *field = room.take(Q * P);
     for (S** field : {&state, &carry}) *field = room.take(panels * a.n * V);
@@ -200,13 +199,14 @@ void grad_inputs(const SsdGradArgs& a, const Steps<S>& steps, const Packed<S>& p
 // grad[i][t] += factor_t sum over channels of state[i] plane[t]; where given, sums[t] = the sum of that times by[i][t].
 template <class S>
 void grad_coefficients(const SsdArgs& a, const S* state, const S* plane, const S* factors, int begin, int end, S* grad,
-                       const S* by, S* sums) {
+                       const S* by, S* sums, Soon soon) {
   constexpr int V = kPanel<S>, P = kPitch<S>, W = kLanes<S>;
   const Vec<S> lanes = lane_numbers<S>();
   for (int t = begin; t < end; t += V) {
     Vec<S> sum[2] = {};
     for_each_block(0, a.n, [&](int64_t i, auto rows) {
       constexpr int R = rows();
+      soon.fetch();
       Vec<S> acc[R][2] = {};
       for (int64_t p0 = 0; p0 < a.p; p0 += V)
         multiply<V, 1, P>(acc, state + p0 * a.n + i * V, plane + p0 * P + t, a.p - p0 < V ? a.p - p0 : V);
@@ -260,15 +260,16 @@ void grad_steps(S A, const Steps<S>& steps, const GradScratch<S>& scratch, Run<S
 }
 
 template <class S>
-void grad_run(const SsdGradArgs& a, int64_t h, const Steps<S>& steps, const Packed<S>& packed,
+void grad_run(const SsdGradArgs& a, const Spot& spot, const Spot& next, const Steps<S>& steps, const Packed<S>& packed,
               const GradScratch<S>& scratch, S* grad_B, S* grad_C, Run<S>& run, HeadSums<S>& sums) {
   constexpr int V = kPanel<S>;
+  const int64_t turns = (Q + V - 1) / V * ((a.n + 5) / 6);
   pair_up<S>(a, scratch, run);
   mix_backward<S>(steps, packed, scratch, run);
   if (a.z) mix<S>(steps, packed.products, run.begin, run.end, scratch.mixed_dt);
   for (int64_t j = 0; j < panels_of(a.p, V); ++j) {
     Vec<S> D[2];
-    load_D<S>(a, h, j, D);
+    load_D<S>(a, spot.h, j, D);
     if (a.z) {
       read_out<S>(a, packed, steps, scratch.mixed_dt, run.begin, run.end, scratch.x + j * Q * V,
                   run.from_before ? scratch.state + j * a.n * V : nullptr, D, scratch.y);
@@ -279,13 +280,14 @@ void grad_run(const SsdGradArgs& a, int64_t h, const Steps<S>& steps, const Pack
     grad_inputs<S>(a, steps, packed, scratch, run, j, D);
   }
   if (run.from_behind)
-    grad_coefficients<S>(a, scratch.carry, scratch.x_plane, steps.weight, run.begin, run.end, grad_B, nullptr, nullptr);
+    grad_coefficients<S>(a, scratch.carry, scratch.x_plane, steps.weight, run.begin, run.end, grad_B, nullptr, nullptr,
+                         Soon(a, a.x, next, turns));
   if (run.from_before)
     grad_coefficients<S>(a, scratch.state, scratch.grad_y_plane, steps.from_start, run.begin, run.end, grad_C, packed.C,
-                         run.readout);
+                         run.readout, Soon(a, a.grad_out, next, turns));
   run.product =
       run.from_before && run.from_behind ? steps.from_start[run.end - 1] * inner_product<S>(a, scratch) : S(0);
-  grad_steps<S>(static_cast<const S*>(a.A)[h], steps, scratch, run, sums);
+  grad_steps<S>(static_cast<const S*>(a.A)[spot.h], steps, scratch, run, sums);
 }
 
 // The gradient of D, over the steps of a chunk.
@@ -306,21 +308,18 @@ void grad_D(const SsdGradArgs& a, int64_t part, int64_t h, const GradScratch<S>&
 }
 
 template <class S>
-void grad_head(const SsdGradArgs& a, int64_t b, int64_t h, int64_t chunk, const Packed<S>& packed,
+void grad_head(const SsdGradArgs& a, const Spot& spot, const Spot& next, int64_t chunk, const Packed<S>& packed,
                const GradScratch<S>& scratch, S* grad_B, S* grad_C) {
   constexpr int V = kPanel<S>, P = kPitch<S>;
-  const int64_t t0 = chunk * Q, panels = panels_of(a.p, V), part = b * a.chunks() + chunk;
-  const int count = a.steps(chunk);
-  const uint8_t* marks = marks_at(a, b, t0);
+  const int64_t b = spot.b, h = spot.h, panels = panels_of(a.p, V), part = b * a.chunks() + chunk;
   const bool state_before = chunk > 0 || a.initial, carry_behind = chunk + 1 < a.chunks() || a.grad_final;
   Steps<S> steps;
-  steps.load(a, b, h, t0, count, marks);
+  steps.load(a, spot);
+  load_head<S>(a, a.x, spot, scratch.x);
+  load_grad_y<S>(a, spot, scratch.z, scratch.slope, scratch.grad_y);
   for (int64_t j = 0; j < panels; ++j) {
-    const int64_t panel = j * Q * V, plane = j * V * P;
-    load_panel<S>(a.x, a, b, t0, h, j, count, scratch.x + panel);
-    load_grad_y<S>(a, b, t0, h, j, count, scratch.z, scratch.slope + panel, scratch.grad_y + panel);
-    load_matrix_as<S, S>(scratch.x + panel, 1, V, V, Q, scratch.x_plane + plane, P);
-    load_matrix_as<S, S>(scratch.grad_y + panel, 1, V, V, Q, scratch.grad_y_plane + plane, P);
+    load_matrix_as<S, S>(scratch.x + j * Q * V, 1, V, V, Q, scratch.x_plane + j * V * P, P);
+    load_matrix_as<S, S>(scratch.grad_y + j * Q * V, 1, V, V, Q, scratch.grad_y_plane + j * V * P, P);
   }
   if (state_before) load_state<S>(a, state_at<S>(a, a.states, b, chunk, h), a.p, 1, scratch.state);
   if (carry_behind) load_state<S>(a, state_at<S>(a, a.carries, b, chunk, h), a.p, 1, scratch.carry);
@@ -329,23 +328,20 @@ void grad_head(const SsdGradArgs& a, int64_t b, int64_t h, int64_t chunk, const 
 
   HeadSums<S> sums;
   Run<S> run;
-  for_each_sequence(marks, count, [&](int begin, int end, bool restart) {
+  for_each_sequence(spot, [&](int begin, int end, bool restart) {
     run.begin = begin, run.end = end;
     run.from_before = state_before && begin == 0 && !restart;
-    run.from_behind = carry_behind && end == count;
+    run.from_behind = carry_behind && end == spot.steps;
     steps.decay(static_cast<const S*>(a.A)[h], begin, end);
-    grad_run<S>(a, h, steps, packed, scratch, grad_B, grad_C, run, sums);
+    grad_run<S>(a, spot, next, steps, packed, scratch, grad_B, grad_C, run, sums);
     LZ_DISPATCH_DTYPE(a.grad_dt.dtype, T, {
-      T* to = static_cast<T*>(a.grad_dt.data) + a.grad_dt.at(b, t0, h);
-      for (int t = begin; t < end; ++t)
-        to[t * a.grad_dt.time] = from<T>(marks && marks[t] == kPadding ? S(0) : run.decay[t]);
+      T* to = static_cast<T*>(a.grad_dt.data) + a.grad_dt.at(b, spot.t0, h);
+      for (int t = begin; t < end; ++t) to[t * a.grad_dt.time] = from<T>(spot.padding(t) ? S(0) : run.decay[t]);
     })
   });
 
-  for (int64_t j = 0; j < panels; ++j) {
-    store_panel<S>(a.grad_x, a, b, t0, h, j, count, scratch.grad_x + j * Q * V);
-    if (a.z) store_panel<S>(a.grad_z, a, b, t0, h, j, count, scratch.slope + j * Q * V);
-  }
+  store_head<S>(a, a.grad_x, spot, scratch.grad_x);
+  if (a.z) store_head<S>(a, a.grad_z, spot, scratch.slope);
   static_cast<S*>(a.grad_A)[part * a.h + h] = sums.A;
   static_cast<S*>(a.grad_bias)[part * a.h + h] = sums.bias;
   grad_D<S>(a, part, h, scratch);
@@ -392,7 +388,8 @@ void backward(const SsdGradArgs& a, void* memory, int64_t begin, int64_t end) {
     std::memset(grad_B, 0, part_size<S>(a) * sizeof(S));
     std::memset(scratch.products, 0, Q * P * sizeof(S));
     for (int64_t h = first; h < last; ++h)
-      grad_head<S>(a, b, g * heads + h, chunk, packed, scratch, grad_B, grad_C);
+      grad_head<S>(a, Spot::at(a, b, chunk, g * heads + h), Spot::at(a, b, chunk, g * heads + (h + 1 < last ? h + 1 : h)),
+                   chunk, packed, scratch, grad_B, grad_C);
     grad_products<S>(a, packed, scratch, a.steps(chunk), grad_B, grad_C);
   }
 }
@@ -403,18 +400,16 @@ void unpack_as(const SsdGradArgs& a, int64_t begin, int64_t end) {
   const int64_t size = part_size<S>(a), tasks = a.b * a.g * a.chunks();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task % a.chunks(), g = task / a.chunks() % a.g, b = task / a.chunks() / a.g;
-    const int steps = a.steps(chunk);
-    const uint8_t* marks = marks_at(a, b, chunk * Q);
+    const Spot spot = Spot::at(a, b, chunk, g);
     S* part = static_cast<S*>(a.parts) + task * size;
     for (int64_t unit = 1; unit < a.units(); ++unit)
       for (int64_t i = 0; i < size; ++i) part[i] += part[unit * tasks * size + i];
-    for (int t = 0; marks && t < steps; ++t)
-      if (marks[t] == kPadding)
-        for (int64_t i = 0; i < 2 * a.n; ++i) part[i * P + t] = 0;
+    for (int t = 0; spot.marks && t < spot.steps; ++t)
+      for (int64_t i = 0; spot.padding(t) && i < 2 * a.n; ++i) part[i * P + t] = 0;
     for (const Heads* to : {&a.grad_B, &a.grad_C}) {
       LZ_DISPATCH_DTYPE(to->dtype, T, {
-        T* p = static_cast<T*>(to->data) + to->at(b, chunk * Q, g);
-        store_matrix_as<S>(p, to->lane, to->time, static_cast<int>(a.n), steps, part, P);
+        T* p = static_cast<T*>(to->data) + to->at(b, spot.t0, g);
+        store_matrix_as<S>(p, to->lane, to->time, static_cast<int>(a.n), spot.steps, part, P);
       })
       part += a.n * P;
     }
