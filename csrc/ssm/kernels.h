@@ -104,8 +104,8 @@ struct Heads {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Steps that ssd_chunk_scan turns into products of matrices: its work on a step grows with n p + chunk p / 2, so a chunk
-// stays short against n, and still long enough for loops over it to run at full speed.
+// Steps that ssd_chunk_scan turns into products of matrices: its work on a step grows with n p + chunk p / 2, so a
+// chunk stays short against n, and still long enough for loops over it to run at full speed.
 constexpr int kSsdChunk = 64;
 
 // Letters besides: h heads, p channels of a head.
@@ -131,9 +131,9 @@ struct SsdArgs {
 
 struct SsdGradArgs : SsdArgs {  // `out` and `final_states` unused
   Heads grad_out, grad_x, grad_dt, grad_z, grad_B, grad_C;
-  const void* grad_final;  // S: (b, h, p, n) or null
-  void* grad_initial;      // S: (b, h, p, n) or null
-  void* carries;           // S: (b, chunks, h, n, p), the gradient of the state after each chunk
+  const void* grad_final;             // S: (b, h, p, n) or null
+  void* grad_initial;                 // S: (b, h, p, n) or null
+  void* carries;                      // S: (b, chunks, h, n, p), the gradient of the state after each chunk
   void *grad_A, *grad_D, *grad_bias;  // S: (b, chunks, h), (b, chunks, h) or (b, chunks, h, p), (b, chunks, h)
   int64_t unit;                       // heads per task, within a group
   void* parts;                        // S: (units, b, g, chunks, as many as ssd_part_size says)
@@ -164,7 +164,7 @@ struct SsmKernels {
   int64_t (*ssd_part_size)(const SsdGradArgs&);
   int64_t (*ssd_chunk_scan_backward_scratch)(const SsdGradArgs&);
   void (*ssd_chunk_scan_backward)(const SsdGradArgs&, void* scratch, int64_t begin,
-                                  int64_t end);                      // tasks: units * b * g * chunks
+                                  int64_t end);                        // tasks: units * b * g * chunks
   void (*ssd_unpack)(const SsdGradArgs&, int64_t begin, int64_t end);  // tasks: b * g * chunks
 };
 

@@ -16,7 +16,8 @@ namespace layerzoo::LZ_ISA {
 constexpr int Q = kSsdChunk;
 template <class S>
 constexpr int kPanel = 2 * kLanes<S>;
-// Rows of Q elements would fall on a few sets of the cache. The room behind also lets a panel of columns start anywhere.
+// Rows of Q elements would fall on a few sets of the cache. The room behind also lets a panel of columns start
+// anywhere.
 template <class S>
 constexpr int kPitch = Q + kPanel<S>;
 
@@ -104,8 +105,8 @@ struct Spot {
   bool padding(int t) const { return marks && marks[t] == kPadding; }
 };
 
-// Calls f(begin, end, restart) for the runs of steps that belong to one sequence. Padding stays inside a run: its dt and
-// everything else read there is zero, so the state goes over it.
+// Calls f(begin, end, restart) for the runs of steps that belong to one sequence. Padding stays inside a run: its dt
+// and everything else read there is zero, so the state goes over it.
 template <class F>
 inline void for_each_sequence(const Spot& spot, const F& f) {
   for (int begin = 0; begin < spot.steps;) {
@@ -160,7 +161,7 @@ struct Steps {
     const double rate = static_cast<double>(A) * M_LOG2E;
     double exponent = 0;
     for (int t = begin; t < end; ++t) {
-      const double step = static_cast<double>(dt[t]) * rate;
+      const double step = dt[t] == 0 ? 0 : static_cast<double>(dt[t]) * rate;  // padding, whatever the rate
       exponent += step < kSteepest ? kSteepest : step;
       sum[t] = static_cast<S>(exponent);
       rest[t] = static_cast<S>(exponent - static_cast<double>(sum[t]));
@@ -215,7 +216,8 @@ inline void mix(const Steps<S>& steps, const S* products, int begin, int end, S*
 // A matrix of `rows` rows from and to panels [panel][height][kPanel]; columns beyond its own are read as zero. Row by
 // row where columns lie together, so that what is neighbour in memory is read together.
 template <class S, class T>
-inline void load_panels_as(const T* p, int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t height, S* panels) {
+inline void load_panels_as(const T* p, int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t height,
+                           S* panels) {
   constexpr int V = kPanel<S>, W = kLanes<S>;
   const int64_t whole = col == 1 ? cols / V : 0;
   for (int64_t r = 0; whole && r < rows; ++r)
@@ -322,8 +324,8 @@ struct Packed {
 
 // y = C h + (sum over s of mixed x) + D x for the steps of a run in one panel; no C h where `state` is null.
 template <class S>
-inline void read_out(const SsdArgs& a, const Packed<S>& packed, const Steps<S>& steps, const S* mixed, int begin, int end,
-                     const S* x, const S* state, const Vec<S> (&D)[2], S* y) {
+inline void read_out(const SsdArgs& a, const Packed<S>& packed, const Steps<S>& steps, const S* mixed, int begin,
+                     int end, const S* x, const S* state, const Vec<S> (&D)[2], S* y) {
   constexpr int V = kPanel<S>, P = kPitch<S>;
   for_each_block(begin, end, [&](int64_t t, auto rows) {
     constexpr int R = rows();

@@ -104,8 +104,7 @@ void scan(const SsdArgs& a, void* memory, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / a.h, h = task % a.h;
     std::memset(scratch.state, 0, panels_of(a.p, kPanel<S>) * a.n * kPanel<S> * sizeof(S));
-    if (a.initial)
-      load_state<S>(a, static_cast<const S*>(a.initial) + task * a.p * a.n, 1, a.n, scratch.state);
+    if (a.initial) load_state<S>(a, static_cast<const S*>(a.initial) + task * a.p * a.n, 1, a.n, scratch.state);
     for (int64_t chunk = 0; chunk < a.chunks(); ++chunk) {
       if (a.states) {
         S* kept = static_cast<S*>(a.states) + ((b * a.chunks() + chunk) * a.h + h) * a.n * a.p;

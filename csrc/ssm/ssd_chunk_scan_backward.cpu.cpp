@@ -388,8 +388,9 @@ void backward(const SsdGradArgs& a, void* memory, int64_t begin, int64_t end) {
     std::memset(grad_B, 0, part_size<S>(a) * sizeof(S));
     std::memset(scratch.products, 0, Q * P * sizeof(S));
     for (int64_t h = first; h < last; ++h)
-      grad_head<S>(a, Spot::at(a, b, chunk, g * heads + h), Spot::at(a, b, chunk, g * heads + (h + 1 < last ? h + 1 : h)),
-                   chunk, packed, scratch, grad_B, grad_C);
+      grad_head<S>(a, Spot::at(a, b, chunk, g * heads + h),
+                   Spot::at(a, b, chunk, g * heads + (h + 1 < last ? h + 1 : h)), chunk, packed, scratch, grad_B,
+                   grad_C);
     grad_products<S>(a, packed, scratch, a.steps(chunk), grad_B, grad_C);
   }
 }

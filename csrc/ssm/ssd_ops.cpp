@@ -88,8 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> ssd_chunk_scan(const Tensor& x, const Tensor&
   auto a = ssd.prepare<SsdArgs>(x, dt, B, C, z, seq_idx, dt_softplus, dt_low, dt_high);
   Tensor out = in_large_pages(torch::stable::empty_like(x));
   Tensor last = torch::stable::new_empty(x, {a.b, a.h, a.p, a.n}, ssd.type);
-  Tensor states = in_large_pages(
-      torch::stable::new_empty(x, {a.b, chunk ? a.chunks() : 0, a.h, a.n, a.p}, ssd.type));
+  Tensor states = in_large_pages(torch::stable::new_empty(x, {a.b, chunk ? a.chunks() : 0, a.h, a.n, a.p}, ssd.type));
   a.out = heads(out, "out");
   a.final_states = last.data_ptr();
   a.states = chunk ? states.data_ptr() : nullptr;
@@ -130,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   a.grad_initial = initial_states ? grad_initial.data_ptr() : nullptr;
   a.states = states.data_ptr(), a.carries = carries.data_ptr();
   a.grad_A = part_A.data_ptr(), a.grad_D = part_D.data_ptr(), a.grad_bias = part_bias.data_ptr();
-  // All heads of a group in one task add up the gradients of B and C in place; fewer where there would be too few tasks.
+  // All heads of a group in one task add up the gradients of B and C in place; fewer where there would be too few
+  // tasks.
   for (a.unit = a.h / a.g; a.unit > 4 && a.b * a.g * chunks * a.units() < 16;) a.unit = (a.unit + 1) / 2;
   const SsmKernels& k = kernels().ssm;
   Tensor parts = empty({a.units() * a.b * a.g * chunks * k.ssd_part_size(a)});

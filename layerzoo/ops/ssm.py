@@ -568,7 +568,8 @@ def _ssd_backward_reference(*args: Any) -> tuple[Tensor, ...]:
     x, dt, _, B, C, _, z = inputs[2:9]
     grads = list(reference.ssd_chunk_scan_backward(*inputs))
     for i, like in ((0, x), (1, dt), (3, B), (4, C), (6, z)):
-        grads[i] = None if like is None else torch.empty_like(like).copy_(grads[i])
+        grad = grads[i]
+        grads[i] = None if like is None or grad is None else torch.empty_like(like).copy_(grad)
     acc, (_, _, heads, width), state = accumulate_dtype(x), x.shape, B.shape[3]
     initial = x.new_empty((0, heads, width, state), dtype=acc) if grads[8] is None else grads[8]
     grads[8] = initial.clone(memory_format=torch.contiguous_format)

@@ -401,7 +401,7 @@ def ssd_chunk_scan_backward(
     A head is p channels of `selective_scan` that share one step size and one decay: theirs are summed over the
     channels, and that of the decay over the states too.
     """
-    (batch, length, heads, width), state, acc = x.shape, B.shape[3], accumulate_dtype(x)
+    (heads, width), state, acc = x.shape[2:], B.shape[3], accumulate_dtype(x)
     blank_dt = _by_step(dt, seq_idx, acc)
     assert blank_dt is not None
     bias = None if dt_bias is None else dt_bias.to(acc)
@@ -411,7 +411,7 @@ def ssd_chunk_scan_backward(
         return value.to(acc).flatten(2).transpose(1, 2)
 
     def by_head(grad: Tensor) -> Tensor:  # and back
-        return grad.transpose(1, 2).unflatten(2, (heads, width))
+        return grad.transpose(1, 2).reshape(x.shape)
 
     gu, gdelta, gA, gB, gC, gD, gz, _, ginitial = selective_scan_backward(
         channels(grad_out),
