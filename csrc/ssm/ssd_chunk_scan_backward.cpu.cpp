@@ -5,9 +5,10 @@
 namespace layerzoo::LZ_ISA {
 namespace {
 
+// One head's state in (b, chunks, h, n, p).
 template <class S>
-const S* state_at(const SsdArgs& a, const void* states, int64_t b, int64_t chunk, int64_t h) {
-  return static_cast<const S*>(states) + ((b * a.chunks() + chunk) * a.h + h) * a.n * a.p;
+S* state_at(const SsdArgs& a, void* states, int64_t b, int64_t chunk, int64_t h) {
+  return static_cast<S*>(states) + ((b * a.chunks() + chunk) * a.h + h) * a.n * a.p;
 }
 
 // The gradient of y over a chunk. With a gate, `slope` becomes that of out by z, times grad_out.
@@ -72,7 +73,7 @@ void carry(const SsdGradArgs& a, void* memory, int64_t begin, int64_t end) {
     std::memset(memory, 0, CarryScratch<S>::count(a) * sizeof(S));
     if (a.grad_final) load_state<S>(a, static_cast<const S*>(a.grad_final) + state, 1, a.n, scratch.carry);
     for (int64_t chunk = a.chunks() - 1; chunk >= 0; --chunk) {
-      store_state<S>(a, scratch.carry, const_cast<S*>(state_at<S>(a, a.carries, b, chunk, h)), a.p, 1);
+      store_state<S>(a, scratch.carry, state_at<S>(a, a.carries, b, chunk, h), a.p, 1);
       carry_over<S>(a, Spot::at(a, b, chunk, h), chunk, scratch);
     }
     if (a.grad_initial) store_state<S>(a, scratch.carry, static_cast<S*>(a.grad_initial) + state, 1, a.n);

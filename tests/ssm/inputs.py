@@ -144,7 +144,7 @@ def ssd_arguments(
     layouts: tuple[str, ...] = ("time-last",),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of ssd_chunk_scan; `layouts`, of the last two dimensions, are taken in turn; `parameters` is the type of
+    """Arguments of ssd_chunk_scan; `layouts` are of the last two dimensions, taken in turn; `parameters` is the type of
     A, D, dt_bias and initial_states, else float32 or wider."""
     torch.manual_seed(seed)
     kind = parameters or torch.promote_types(dtype, torch.float32)
