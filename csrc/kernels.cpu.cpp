@@ -6,12 +6,30 @@
 
 extern "C" __attribute__((visibility("default"))) const layerzoo::Kernels* layerzoo_kernels() {
   using namespace layerzoo::LZ_ISA;
-  static const layerzoo::Kernels table = {
-      LZ_TEXT(LZ_ISA_NAME),
-      {skinny_linear},
-      {multiply_add, exponentials},
-      {pack, unpack, sum, selective_scan_scratch, selective_scan, selective_scan_backward_scratch,
-       selective_scan_backward, causal_conv1d_scratch, causal_conv1d, causal_conv1d_backward, causal_conv1d_update,
-       selective_state_update}};
+  static const layerzoo::Kernels table = {LZ_TEXT(LZ_ISA_NAME),
+                                          {skinny_linear},
+                                          {multiply_add, exponentials},
+                                          {pack,
+                                           unpack,
+                                           sum,
+                                           selective_scan_scratch,
+                                           selective_scan,
+                                           selective_scan_backward_scratch,
+                                           selective_scan_backward,
+                                           causal_conv1d_scratch,
+                                           causal_conv1d,
+                                           causal_conv1d_backward,
+                                           causal_conv1d_update,
+                                           selective_state_update,
+                                           ssd_packed_size,
+                                           ssd_pack,
+                                           ssd_chunk_scan_scratch,
+                                           ssd_chunk_scan,
+                                           ssd_carry_scratch,
+                                           ssd_carry,
+                                           ssd_part_size,
+                                           ssd_chunk_scan_backward_scratch,
+                                           ssd_chunk_scan_backward,
+                                           ssd_unpack}};
   return &table;
 }

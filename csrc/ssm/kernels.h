@@ -110,6 +110,53 @@ struct StateUpdateArgs {
   bool one_decay() const { return A.time == 0; }  // one exponential then does for all states of a channel
 };
 
+// A (batch, time, head, lane) tensor: sequences of heads, or B and C with groups for heads; `lane` is 0 for dt.
+struct Heads {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t batch = 0, time = 0, head = 0, lane = 0;
+
+  int64_t at(int64_t b, int64_t t, int64_t h) const { return b * batch + t * time + h * head; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Steps that ssd_chunk_scan turns into products of matrices: its work on a step grows with n p + chunk p / 2, so a
+// chunk stays short against n, and still long enough for loops over it to run at full speed.
+constexpr int kSsdChunk = 64;
+
+// Letters besides: h heads, p channels of a head.
+struct SsdArgs {
+  bool f64, softplus, wide_D;
+  double low, high;  // bounds of dt
+  int64_t b, l, h, p, g, n;
+  Heads x, dt, z, out;       // z may be null
+  Heads B, C;                // (b, l, g, n)
+  const void *A, *D, *bias;  // S: (h), (h) or with wide_D (h, p), (h); D and bias may be null
+  const void* initial;       // S: (b, h, p, n) or null
+  void* final_states;        // S: (b, h, p, n)
+  void* states;              // S: (b, chunks, h, n, p), the state before each chunk, or null
+  const uint8_t* marks;      // Mark: (b, l) or null
+  void* packed;              // S: (b, g, chunks, as many as ssd_packed_size says)
+
+  int64_t chunks() const { return (l + kSsdChunk - 1) / kSsdChunk; }
+  int steps(int64_t chunk) const {
+    const int64_t left = l - chunk * kSsdChunk;
+    return static_cast<int>(left < kSsdChunk ? left : kSsdChunk);
+  }
+};
+
+struct SsdGradArgs : SsdArgs {  // `out` and `final_states` unused
+  Heads grad_out, grad_x, grad_dt, grad_z, grad_B, grad_C;
+  const void* grad_final;             // S: (b, h, p, n) or null
+  void* grad_initial;                 // S: (b, h, p, n) or null
+  void* carries;                      // S: (b, chunks, h, n, p), the gradient of the state after each chunk
+  void *grad_A, *grad_D, *grad_bias;  // S: (b, chunks, h), (b, chunks, h) or (b, chunks, h, p), (b, chunks, h)
+  int64_t unit;                       // heads per task, within a group
+  void* parts;                        // S: (units, b, g, chunks, as many as ssd_part_size says)
+
+  int64_t units() const { return (h / g + unit - 1) / unit; }
+};
+
 // `scratch`: that many bytes for each thread, aligned to 64.
 struct SsmKernels {
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);    // tasks: b * g
@@ -124,6 +171,17 @@ struct SsmKernels {
   void (*causal_conv1d_backward)(const ConvGradArgs&, void* scratch, int64_t begin, int64_t end);
   void (*causal_conv1d_update)(const ConvArgs&, void* scratch, int64_t begin, int64_t end);
   void (*selective_state_update)(const StateUpdateArgs&, int64_t begin, int64_t end);
+  int64_t (*ssd_packed_size)(const SsdArgs&);
+  void (*ssd_pack)(const SsdArgs&, int64_t begin, int64_t end);  // tasks: b * g * chunks
+  int64_t (*ssd_chunk_scan_scratch)(const SsdArgs&);
+  void (*ssd_chunk_scan)(const SsdArgs&, void* scratch, int64_t begin, int64_t end);  // tasks: b * h
+  int64_t (*ssd_carry_scratch)(const SsdGradArgs&);
+  void (*ssd_carry)(const SsdGradArgs&, void* scratch, int64_t begin, int64_t end);  // tasks: b * h
+  int64_t (*ssd_part_size)(const SsdGradArgs&);
+  int64_t (*ssd_chunk_scan_backward_scratch)(const SsdGradArgs&);
+  void (*ssd_chunk_scan_backward)(const SsdGradArgs&, void* scratch, int64_t begin,
+                                  int64_t end);                        // tasks: units * b * g * chunks
+  void (*ssd_unpack)(const SsdGradArgs&, int64_t begin, int64_t end);  // tasks: b * g * chunks
 };
 
 #ifdef LZ_ISA
@@ -140,6 +198,16 @@ void causal_conv1d(const ConvArgs&, void*, int64_t, int64_t);
 void causal_conv1d_backward(const ConvGradArgs&, void*, int64_t, int64_t);
 void causal_conv1d_update(const ConvArgs&, void*, int64_t, int64_t);
 void selective_state_update(const StateUpdateArgs&, int64_t, int64_t);
+int64_t ssd_packed_size(const SsdArgs&);
+void ssd_pack(const SsdArgs&, int64_t, int64_t);
+int64_t ssd_chunk_scan_scratch(const SsdArgs&);
+void ssd_chunk_scan(const SsdArgs&, void*, int64_t, int64_t);
+int64_t ssd_carry_scratch(const SsdGradArgs&);
+void ssd_carry(const SsdGradArgs&, void*, int64_t, int64_t);
+int64_t ssd_part_size(const SsdGradArgs&);
+int64_t ssd_chunk_scan_backward_scratch(const SsdGradArgs&);
+void ssd_chunk_scan_backward(const SsdGradArgs&, void*, int64_t, int64_t);
+void ssd_unpack(const SsdGradArgs&, int64_t, int64_t);
 }  // namespace LZ_ISA
 #endif
 

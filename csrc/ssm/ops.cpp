@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -12,6 +11,7 @@
 #include "../common/pages.h"
 #include "../common/parallel.h"
 #include "../kernels.h"
+#include "values.h"
 
 namespace layerzoo {
 namespace {
@@ -20,51 +20,6 @@ CallCounter scan_calls("selective_scan"), scan_backward_calls("selective_scan_ba
     conv_backward_calls("causal_conv1d_backward");
 
 constexpr double kScanNanoseconds = 0.4, kScanBackwardNanoseconds = 0.9;  // per element on one AVX2 core
-
-template <class S>
-void check_no_nan(const Tensor& A) {
-  const S* p = static_cast<const S*>(A.data_ptr());
-  bool found = false;
-  for (int64_t i = 0; i < A.numel(); ++i) found |= std::isnan(p[i]);
-  STD_TORCH_CHECK(!found, "selective_scan: A must not contain NaN");
-}
-
-// seq_idx (batch, length) as int64 in memory order, after the check that it never goes back (marks < 0 are padding).
-std::vector<int64_t> sequence_marks(const OptionalTensor& seq_idx, const char* op, int64_t b, int64_t l) {
-  if (!seq_idx) return {};
-  check_shape(seq_idx, "seq_idx", {b, l});
-  const ScalarType type = seq_idx->scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": seq_idx must be int32 or int64");
-  const Tensor ids = torch::stable::contiguous(*seq_idx);
-  std::vector<int64_t> marks(b * l);
-  for (int64_t i = 0; i < b * l; ++i)
-    marks[i] = type == ScalarType::Int ? static_cast<const int32_t*>(ids.data_ptr())[i]
-                                       : static_cast<const int64_t*>(ids.data_ptr())[i];
-  for (int64_t i = 0; i < b; ++i) {
-    int64_t last = -1;
-    for (int64_t t = 0; t < l; ++t) {
-      const int64_t mark = marks[i * l + t];
-      STD_TORCH_CHECK(mark < 0 || mark >= last, op, ": seq_idx must not decrease along a row, but seq_idx[", i, ", ", t,
-                      "] = ", mark, " follows ", last);
-      if (mark >= 0) last = mark;
-    }
-  }
-  return marks;
-}
-
-std::vector<uint8_t> scan_marks(const std::vector<int64_t>& ids, int64_t b, int64_t l, bool reverse) {
-  std::vector<uint8_t> marks(ids.size());
-  if (ids.empty()) return marks;
-  for (int64_t i = 0; i < b; ++i) {
-    int64_t last = -1;  // the first sequence goes on from the initial state
-    for (int64_t t = 0; t < l; ++t) {
-      const int64_t id = ids[i * l + (reverse ? l - 1 - t : t)];
-      marks[i * l + t] = id < 0 ? kPadding : last >= 0 && id != last ? kRestart : kContinue;
-      if (id >= 0) last = id;
-    }
-  }
-  return marks;
-}
 
 PackArgs pack_args(const Tensor& t, const char* name, bool f64, bool reverse, void* packed, int64_t parts = 1) {
   PackArgs a{};
@@ -118,7 +73,7 @@ struct Scan {
     check_shape(D, "D", {a.d});
     check_shape(bias, "delta_bias", {a.d});
     check_shape(initial_state, "initial_state", {a.b, a.d, a.n});
-    type == ScalarType::Double ? check_no_nan<double>(A) : check_no_nan<float>(A);
+    check_no_nan(A, "selective_scan");
     const std::vector<int64_t> ids = sequence_marks(seq_idx, "selective_scan", a.b, a.l);
     marks = scan_marks(ids, a.b, a.l, reverse);
     a.marks = marks.empty() ? nullptr : marks.data();
@@ -165,19 +120,6 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
   parallel_with_scratch(a.tasks(), scan_work(a, kScanNanoseconds), k.selective_scan_scratch(a),
                         [&](void* scratch, int64_t begin, int64_t end) { k.selective_scan(a, scratch, begin, end); });
   return {out, last, states};
-}
-
-// Sum over the first dimension of `partial`, in order, into a new tensor shaped and typed like `like`.
-Tensor sum_parts(const Tensor& partial, const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, like.sizes());
-  SumArgs a{};
-  a.f64 = partial.scalar_type() == ScalarType::Double;
-  a.parts = partial.size(0), a.size = like.numel();
-  a.in = partial.data_ptr();
-  a.out.data = out.data_ptr(), a.out.dtype = dtype_of(like, "gradient");
-  parallel(a.size, 0.5 * static_cast<double>(a.parts),
-           [&](int64_t, int64_t begin, int64_t end) { kernels().ssm.sum(a, begin, end); });
-  return out;
 }
 
 // Partial sums of the gradient of B or C into its own layout and type.

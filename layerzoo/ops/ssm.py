@@ -11,7 +11,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from layerzoo import env
 from layerzoo.ops._checks import INTEGER, check_no_gradient, check_positive, check_rank, check_tensor, check_writable
@@ -593,14 +592,123 @@ def causal_conv1d_update(
 # ---- ssd_chunk_scan ----
 
 
-def _per_head(op: str, name: str, value: Tensor, heads: int, width: int, device: torch.device) -> Tensor:
-    """A row (heads,) or (heads, width) as (heads * width,)."""
-    check_rank(op, name, value, ("(heads)", "(heads, width)"))
-    if value.dim() == 1:
-        check_tensor(op, name, value, "(heads,)", (heads,), device)
-        return value.unsqueeze(1).expand(heads, width).reshape(-1)
-    check_tensor(op, name, value, "(heads, width)", (heads, width), device)
-    return value.reshape(-1)
+_SSD_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, Tensor? seq_idx, bool dt_softplus, float dt_low, float dt_high"
+)
+
+
+def _ssd_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, chunk = args
+    out, last, states = reference.ssd_chunk_scan(*inputs)
+    last = last.clone(memory_format=torch.contiguous_format)
+    return torch.empty_like(inputs[0]).copy_(out), last, states.contiguous() if chunk else states[:, :0].clone()
+
+
+def _ssd_fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, heads, width), state, chunk, acc = x.shape, B.shape[3], args[-1], accumulate_dtype(x)
+    chunks = (length + chunk - 1) // chunk if chunk else 0
+    return (
+        torch.empty_like(x),
+        x.new_empty((batch, heads, width, state), dtype=acc),
+        x.new_empty((batch, chunks, heads, state, width), dtype=acc),
+    )
+
+
+def _ssd_backward_reference(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, _states = args
+    x, dt, _, B, C, _, z = inputs[2:9]
+    grads = list(reference.ssd_chunk_scan_backward(*inputs))
+    for i, like in ((0, x), (1, dt), (3, B), (4, C), (6, z)):
+        grad = grads[i]
+        grads[i] = None if like is None or grad is None else torch.empty_like(like).copy_(grad)
+    acc, (_, _, heads, width), state = accumulate_dtype(x), x.shape, B.shape[3]
+    initial = x.new_empty((0, heads, width, state), dtype=acc) if grads[8] is None else grads[8]
+    grads[8] = initial.clone(memory_format=torch.contiguous_format)
+    return _or_empty(x, acc, tuple(grads))
+
+
+def _ssd_backward_fake(
+    grad_out: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    acc = accumulate_dtype(x)
+
+    def plain(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.new_empty(value.shape)
+
+    return _or_empty(
+        x,
+        acc,
+        (
+            torch.empty_like(x),
+            torch.empty_like(dt),
+            plain(A),
+            torch.empty_like(B),
+            torch.empty_like(C),
+            plain(D),
+            None if z is None else torch.empty_like(z),
+            plain(bias),
+            x.new_empty((0, *x.shape[2:], B.shape[3]), dtype=acc) if initial is None else plain(initial),
+        ),
+    )
+
+
+_ssd_backward = define(
+    f"ssd_chunk_scan_backward(Tensor grad_out, Tensor? grad_final_states, {_SSD_INPUTS}, Tensor states)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_ssd_backward_reference,
+    fake=_ssd_backward_fake,
+)
+
+
+def _ssd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.softplus, ctx.low, ctx.high, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _ssd_gradient(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    inputs = (*tensors, ctx.softplus, ctx.low, ctx.high)
+    if grad_out is None and grad_final is None:
+        return (None,) * 14
+    if states.shape[1] == 0:  # the op was called without keeping states
+        states = _ssd(*inputs, CHUNK)[2]
+    if grad_out is None:
+        grad_out = torch.zeros_like(tensors[0])
+    grads = _ssd_backward(grad_out, grad_final, *inputs, states)
+    given = (grad if value is not None else None for grad, value in zip(grads, tensors[:9], strict=True))
+    return (*given, None, None, None, None, None)
+
+
+_ssd = define(
+    f"ssd_chunk_scan({_SSD_INPUTS}, int chunk) -> (Tensor, Tensor, Tensor)",
+    reference=_ssd_reference,
+    fake=_ssd_fake,
+    setup_context=_ssd_setup,
+    backward=_ssd_gradient,
+    autocast=(0, 3, 4, 6),
+)
+
+
+def _check_skip(op: str, D: Tensor, heads: int, width: int, device: torch.device) -> None:
+    check_rank(op, "D", D, ("(heads)", "(heads, width)"))
+    if D.dim() == 1:
+        check_tensor(op, "D", D, "(heads,)", (heads,), device)
+    else:
+        check_tensor(op, "D", D, "(heads, width)", (heads, width), device)
 
 
 @overload
@@ -698,6 +806,8 @@ def ssd_chunk_scan(
         check_tensor(op, name, value, "(batch, length, groups, state)", dims, device)
     if groups < 1 or heads % groups:
         raise ValueError(f"{op}: B has {groups} groups, which must divide the {heads} heads of x")
+    if D is not None:
+        _check_skip(op, D, heads, width, device)
     if z is not None:
         check_tensor(op, "z", z, "(batch, length, heads, width)", x.shape, device)
     if dt_bias is not None:
@@ -707,26 +817,13 @@ def ssd_chunk_scan(
         check_tensor(op, "initial_states", initial_states, "(batch, heads, width, state)", dims, device)
     if seq_idx is not None:
         check_tensor(op, "seq_idx", seq_idx, "(batch, length)", (batch, length), device, INTEGER)
-    if (low, high) != (0.0, math.inf):
-        wide = dt.to(accumulate_dtype(x)) + (0 if dt_bias is None else dt_bias)
-        dt, dt_bias, dt_softplus = (F.softplus(wide) if dt_softplus else wide).clamp(low, high), None, False
-
-    def channels(value: Tensor) -> Tensor:  # (batch, length, heads, width) -> (batch, channels, length)
-        return value.flatten(2).transpose(1, 2)
-
-    out, last = selective_scan(
-        channels(x),
-        channels(dt.unsqueeze(3).expand(batch, length, heads, width)),
-        A.repeat_interleave(width).unsqueeze(1).expand(-1, state),
-        B.permute(0, 2, 3, 1),
-        C.permute(0, 2, 3, 1),
-        None if D is None else _per_head(op, "D", D, heads, width, device),
-        None if z is None else channels(z),
-        None if dt_bias is None else dt_bias.repeat_interleave(width),
-        dt_softplus,
-        return_last_state=True,
-        initial_state=None if initial_states is None else initial_states.flatten(1, 2),
-        seq_idx=seq_idx,
+    if device.type == "cuda" and env.check():
+        reference.check_values(op, A, seq_idx)
+    needs_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, initial_states)
     )
-    out = out.transpose(1, 2).unflatten(2, (heads, width))
-    return (out, last.unflatten(1, (heads, width))) if return_final_states else out
+    chunk = CHUNK if needs_gradient else 0
+    out, last, _ = _ssd(
+        x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, float(low), float(high), chunk
+    )
+    return (out, last) if return_final_states else out

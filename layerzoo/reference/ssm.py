@@ -371,3 +371,141 @@ def selective_state_update(
     out = torch.zeros_like(x)
     out[used] = y.to(x.dtype)
     return out
+
+
+def _by_step(x: Tensor | None, seq_idx: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x (b, l, ...) in `dtype`, with zeros at padding, where even NaN must have no effect."""
+    if x is None or seq_idx is None:
+        return None if x is None else x.to(dtype)
+    return x.to(dtype).masked_fill((seq_idx < 0).reshape(*seq_idx.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def _head_steps(dt: Tensor, bias: Tensor | None, softplus: bool, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """(the step sizes (b, l, h), their derivative by dt)."""
+    s = dt if bias is None else dt + bias
+    steps = F.softplus(s) if softplus else s
+    slope = torch.where(s > 20, torch.ones_like(s), torch.sigmoid(s)) if softplus else torch.ones_like(s)
+    return steps.clamp(low, high), slope * ((steps >= low) & (steps <= high))
+
+
+def _per_channel_of_a_head(D: Tensor, dtype: torch.dtype) -> Tensor:
+    """D (h,) or (h, p) so that it multiplies (..., h, p)."""
+    return D.to(dtype) if D.dim() == 2 else D.to(dtype).unsqueeze(1)
+
+
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_low: float = 0.0,
+    dt_high: float = torch.inf,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t; out_t = (C_t h_t + D x_t) silu(z_t), by heads.
+
+    Dao and Gu, "Transformers are SSMs" (2024); h heads, p channels of a head. Returns (out (b, l, h, p), last state
+    (b, h, p, n), the states before every CHUNK-th step (b, chunks, h, n, p)).
+    """
+    check_values("ssd_chunk_scan", A, seq_idx)
+    (batch, length, heads, width), state, acc = x.shape, B.shape[3], accumulate_dtype(x)
+    padding, restart = _marks(seq_idx, batch, length, x.device)
+    wide_x, wide_dt, wide_B, wide_C, wide_z = (_by_step(t, seq_idx, acc) for t in (x, dt, B, C, z))
+    assert wide_x is not None and wide_dt is not None and wide_B is not None and wide_C is not None
+    steps, _ = _head_steps(wide_dt, None if dt_bias is None else dt_bias.to(acc), dt_softplus, dt_low, dt_high)
+    decay = torch.exp(steps * A.to(acc))
+    per_group = heads // B.shape[2]
+    h = x.new_zeros(batch, heads, width, state, dtype=acc) if initial_states is None else initial_states.to(acc)
+
+    outputs, states = [], []
+    for t in range(length):
+        if t % CHUNK == 0:
+            states.append(h.mT)
+        pad = padding[:, t, None, None]
+        before = torch.where(restart[:, t, None, None, None], torch.zeros_like(h), h)
+        inputs = (steps[:, t, :, None] * wide_x[:, t]).unsqueeze(3) * wide_B[:, t].repeat_interleave(per_group, 1)[
+            :, :, None
+        ]
+        h = torch.where(pad.unsqueeze(3), h, decay[:, t, :, None, None] * before + inputs)
+        y = (h * wide_C[:, t].repeat_interleave(per_group, 1)[:, :, None]).sum(3)
+        y = y if D is None else y + _per_channel_of_a_head(D, acc) * wide_x[:, t]
+        y = y if wide_z is None else y * F.silu(wide_z[:, t])
+        outputs.append(torch.where(pad, torch.zeros_like(y), y))
+    out = torch.stack(outputs, 1) if outputs else wide_x
+    kept = torch.stack(states, 1) if states else h.new_empty(batch, 0, heads, state, width)
+    return out.to(x.dtype), h, kept
+
+
+def ssd_chunk_scan_backward(
+    grad_out: Tensor,
+    grad_final_states: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_states; None for what is None.
+
+    A head is p channels of `selective_scan` that share one step size and one decay: theirs are summed over the
+    channels, and that of the decay over the states too.
+    """
+    (heads, width), state, acc = x.shape[2:], B.shape[3], accumulate_dtype(x)
+    blank_dt = _by_step(dt, seq_idx, acc)
+    assert blank_dt is not None
+    bias = None if dt_bias is None else dt_bias.to(acc)
+    steps, slope = _head_steps(blank_dt, bias, dt_softplus, dt_low, dt_high)
+
+    def channels(value: Tensor) -> Tensor:  # (b, l, h, p) -> (b, d, l)
+        return value.to(acc).flatten(2).transpose(1, 2)
+
+    def by_head(grad: Tensor) -> Tensor:  # and back
+        return grad.transpose(1, 2).reshape(x.shape)
+
+    gu, gdelta, gA, gB, gC, gD, gz, _, ginitial = selective_scan_backward(
+        channels(grad_out),
+        None if grad_final_states is None else grad_final_states.to(acc).flatten(1, 2),
+        channels(x),
+        channels(steps.unsqueeze(3).expand(x.shape)),
+        A.to(acc).repeat_interleave(width).unsqueeze(1).expand(-1, state),
+        B.to(acc).permute(0, 2, 3, 1),
+        C.to(acc).permute(0, 2, 3, 1),
+        None if D is None else _per_channel_of_a_head(D, acc).expand(heads, width).flatten(),
+        None if z is None else channels(z),
+        None,
+        False,
+        None if initial_states is None else initial_states.to(acc).flatten(1, 2),
+        seq_idx,
+        False,
+    )
+    assert gu is not None and gdelta is not None and gA is not None and gB is not None and gC is not None
+    gdt = by_head(gdelta).sum(3) * slope
+    if gD is not None and D is not None:
+        gD = (gD.unflatten(0, (heads, width)) if D.dim() == 2 else gD.unflatten(0, (heads, width)).sum(1)).to(D.dtype)
+    return (
+        by_head(gu).to(x.dtype),
+        gdt.to(dt.dtype),
+        gA.unflatten(0, (heads, width)).sum((1, 2)).to(A.dtype),
+        gB.permute(0, 3, 1, 2).to(B.dtype),
+        gC.permute(0, 3, 1, 2).to(C.dtype),
+        gD,
+        None if gz is None or z is None else by_head(gz).to(z.dtype),
+        None if dt_bias is None else gdt.sum((0, 1)).to(dt_bias.dtype),
+        None
+        if ginitial is None or initial_states is None
+        else ginitial.unflatten(1, (heads, width)).to(initial_states.dtype),
+    )

@@ -1,5 +1,6 @@
 """Random arguments for the state-space ops, in every memory layout."""
 
+import math
 from typing import Any
 
 import torch
@@ -124,6 +125,47 @@ def conv_arguments(
     }
     laid = {name: lay_out(x, layouts[i % len(layouts)]) for i, (name, x) in enumerate(tensors.items())}
     return {name: x for name, x in laid.items() if name not in leave_out} | {"activation": activation}
+
+
+def ssd_arguments(
+    batch: int,
+    length: int,
+    heads: int,
+    width: int,
+    state: int,
+    *,
+    groups: int = 1,
+    wide_D: bool = False,
+    leave_out: tuple[str, ...] = (),
+    softplus: bool = True,
+    limit: tuple[float, float] = (0.0, math.inf),
+    dtype: torch.dtype = torch.float32,
+    parameters: torch.dtype | None = None,
+    layouts: tuple[str, ...] = ("time-last",),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments of ssd_chunk_scan; `layouts` are of the last two dimensions, taken in turn; `parameters` is the type of
+    A, D, dt_bias and initial_states, else float32 or wider."""
+    torch.manual_seed(seed)
+    kind = parameters or torch.promote_types(dtype, torch.float32)
+    sequence = (batch, length, heads)
+    tensors = {
+        "x": torch.randn(*sequence, width).to(dtype),
+        "dt": (torch.randn(sequence) * 0.5 if softplus else torch.rand(sequence) * 0.5).to(dtype),
+        "A": (-0.05 - 2 * torch.rand(heads)).to(kind),
+        "B": torch.randn(batch, length, groups, state).to(dtype),
+        "C": torch.randn(batch, length, groups, state).to(dtype),
+        "D": torch.randn((heads, width) if wide_D else (heads,)).to(kind),
+        "z": torch.randn(*sequence, width).to(dtype),
+        "dt_bias": (torch.rand(heads) * 0.2).to(kind),
+        "initial_states": torch.randn(batch, heads, width, state).to(kind),
+        "seq_idx": sequence_marks(batch, length),
+    }
+    laid = {name: lay_out(x, layouts[i % len(layouts)]) for i, (name, x) in enumerate(tensors.items())}
+    return {name: x for name, x in laid.items() if name not in leave_out} | {
+        "dt_softplus": softplus,
+        "dt_limit": limit,
+    }
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:

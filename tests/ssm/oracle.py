@@ -164,6 +164,117 @@ def selective_scan_gradients(
     return grads
 
 
+def _of_heads(x: Array, b: int, t: int, heads: int) -> Array:
+    """B or C of every head at one step, (h, n)."""
+    return np.repeat(x[b, t], heads // x.shape[2], axis=0)
+
+
+def _to_groups(value: Array, groups: int) -> Array:
+    """The adjoint of `_of_heads`: (h, n) summed to (g, n)."""
+    return value.reshape(groups, -1, value.shape[1]).sum(1)
+
+
+def _skip(D: Array | None) -> Array:
+    """D by which (h, p) is multiplied."""
+    if D is None:
+        return np.zeros((1, 1))
+    return D if D.ndim == 2 else D[:, None]
+
+
+def ssd_chunk_scan(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    z: Array | None = None,
+    dt_bias: Array | None = None,
+    initial_states: Array | None = None,
+    seq_idx: NDArray[np.int64] | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, np.inf),
+) -> tuple[Array, Array]:
+    """(out (b, l, h, p), final states (b, h, p, n))."""
+    batch, length, heads, width = x.shape
+    kind = np.result_type(*(v for v in (x, dt, A, B, C, D, z, dt_bias, initial_states) if v is not None))
+    out, final = np.zeros(x.shape, kind), np.zeros((batch, heads, width, B.shape[3]), kind)
+    for b in range(batch):
+        state = np.zeros(final.shape[1:], kind) if initial_states is None else initial_states[b]
+        for t, begins in steps(None if seq_idx is None else seq_idx[b], length, False):
+            s = dt[b, t] + (0 if dt_bias is None else dt_bias)
+            size = softplus(s) if dt_softplus else s
+            size = np.where(size.real < dt_limit[0], dt_limit[0], np.where(size.real > dt_limit[1], dt_limit[1], size))
+            state = 0 * state if begins else state
+            into = (size[:, None] * x[b, t])[:, :, None] * _of_heads(B, b, t, heads)[:, None]
+            state = np.exp(size * A)[:, None, None] * state + into
+            y = np.einsum("hpn,hn->hp", state, _of_heads(C, b, t, heads)) + _skip(D) * x[b, t]
+            out[b, t] = y if z is None else y * z[b, t] * sigmoid(z[b, t])
+        final[b] = state
+    return out, final
+
+
+def ssd_chunk_scan_gradients(
+    grad_out: Array,
+    grad_final: Array,
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    z: Array | None = None,
+    dt_bias: Array | None = None,
+    initial_states: Array | None = None,
+    seq_idx: NDArray[np.int64] | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, np.inf),
+) -> dict[str, Array]:
+    """The gradient of sum(grad_out out) + sum(grad_final final) by argument; D, z, ... are always there."""
+    batch, length, heads, width = x.shape
+    grads = {name: np.zeros_like(v) for name, v in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C), ("z", x))}
+    grads |= {"D": np.zeros((heads, width)), "dt_bias": np.zeros(heads), "initial_states": np.zeros(grad_final.shape)}
+    for b in range(batch):
+        order = list(steps(None if seq_idx is None else seq_idx[b], length, False))
+        state = np.zeros(grad_final.shape[1:]) if initial_states is None else initial_states[b]
+        before, after, sizes, slopes = {}, {}, {}, {}
+        for t, begins in order:
+            s = dt[b, t] + (0 if dt_bias is None else dt_bias)
+            size = softplus(s) if dt_softplus else s
+            inside = (size >= dt_limit[0]) & (size <= dt_limit[1])
+            slopes[t] = inside * (sigmoid(s) if dt_softplus else 1.0)
+            sizes[t] = np.clip(size, *dt_limit)
+            before[t] = np.zeros_like(state) if begins else state
+            into = (sizes[t][:, None] * x[b, t])[:, :, None] * _of_heads(B, b, t, heads)[:, None]
+            after[t] = state = np.exp(sizes[t] * A)[:, None, None] * before[t] + into
+        grad_state = grad_final[b].copy()
+        for t, begins in reversed(order):
+            Bt, Ct, size = _of_heads(B, b, t, heads), _of_heads(C, b, t, heads), sizes[t]
+            grad_y = grad_out[b, t]
+            if z is not None:
+                gate = sigmoid(z[b, t])
+                y = np.einsum("hpn,hn->hp", after[t], Ct) + _skip(D) * x[b, t]
+                grads["z"][b, t] = grad_y * y * (gate + z[b, t] * gate * (1 - gate))
+                grad_y = grad_y * z[b, t] * gate
+            grads["C"][b, t] = _to_groups(np.einsum("hp,hpn->hn", grad_y, after[t]), C.shape[2])
+            grads["D"] += grad_y * x[b, t]
+            grad_state = grad_state + grad_y[:, :, None] * Ct[:, None]
+            into = np.einsum("hpn,hn->hp", grad_state, Bt)
+            grads["B"][b, t] = _to_groups(np.einsum("hpn,hp->hn", grad_state, size[:, None] * x[b, t]), B.shape[2])
+            grads["x"][b, t] = size[:, None] * into + _skip(D) * grad_y
+            decay = np.exp(size * A)
+            by_decay = (grad_state * before[t]).sum((1, 2)) * decay
+            grads["A"] += by_decay * size
+            grad_s = (by_decay * A + (into * x[b, t]).sum(1)) * slopes[t]
+            grads["dt"][b, t] = grad_s
+            grads["dt_bias"] += grad_s
+            grad_state = np.zeros_like(grad_state) if begins else grad_state * decay[:, None, None]
+        grads["initial_states"][b] = grad_state
+    if D is not None and D.ndim == 1:
+        grads["D"] = grads["D"].sum(1)
+    return grads
+
+
 def _read(x: Array, initial: Array | None, b: int, s: int) -> Array:
     """Input s of row b; those left of step 0 come from `initial`, newest last."""
     if s >= 0:

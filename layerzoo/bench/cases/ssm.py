@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from layerzoo import ops, reference
 from layerzoo.bench.case import Candidate, Case, Cost, Shape, Target, Work
+from layerzoo.reference.ssm import CHUNK
 
 Tensors = dict[str, Tensor]
 
@@ -94,6 +95,93 @@ def _scan_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
     if not backward:
         return Cost(read=given, written=out, flops=6 * states + 10 * steps, exps=states + 2 * steps)
     return Cost(read=2 * given + out, written=given + out, flops=25 * states + 30 * steps, exps=states + 2 * steps)
+
+
+# ---- ssd_chunk_scan ----
+
+
+def _ssd_inputs(shape: Shape) -> Tensors:
+    """Step sizes and decays as Mamba-2 has them at its start; x, B, C and dt are columns of one projection there."""
+    generator = torch.Generator().manual_seed(0)
+    batch, length, heads, width = shape["B"], shape["L"], shape["H"], shape["P"]
+    groups, state = shape["G"], shape["N"]
+    sizes = (heads * width, groups * state, groups * state, heads)
+    x, B, C, dt = torch.randn(batch, length, sum(sizes), generator=generator).split(sizes, 2)
+    return {
+        "x": x.unflatten(2, (heads, width)),
+        "dt": dt * 0.5,
+        "A": -torch.empty(heads).uniform_(1, 16, generator=generator),
+        "B": B.unflatten(2, (groups, state)),
+        "C": C.unflatten(2, (groups, state)),
+        "D": torch.ones(heads),
+        "dt_bias": torch.empty(heads).uniform_(-6.9, -2.3, generator=generator),
+        "grad_out": torch.randn(batch, length, heads, width, generator=generator),
+    }
+
+
+def _ssd_ours(inputs: Tensors) -> Work:
+    leaves: Any = _leaves(inputs)
+    scan: Any = ops.ssd_chunk_scan
+    return Work(lambda: scan(**leaves, chunk_size=256, dt_softplus=True), leaves, inputs["grad_out"])
+
+
+def _ssd_reference(inputs: Tensors) -> Work:
+    leaves: Any = _leaves(inputs, torch.float64)
+    scan = reference.ssm.ssd_chunk_scan
+    return Work(lambda: scan(**leaves, dt_softplus=True)[0], leaves, inputs["grad_out"].double())
+
+
+def _ssd_transformers(inputs: Tensors, scan: Any) -> Work:
+    leaves: Any = _leaves(inputs)
+    rest = {name: leaves[name] for name in ("dt", "A", "B", "C", "D", "dt_bias")}
+
+    def call() -> Tensor:
+        out: Tensor = scan(leaves["x"], **rest, chunk_size=256, dt_softplus=True)  # float32, whatever the inputs
+        return out.to(leaves["x"].dtype)
+
+    return Work(call, leaves, inputs["grad_out"])
+
+
+def _ssd_by_selective_scan(inputs: Tensors) -> Work:
+    """The same through Mamba's scan, each channel of a head with a step size and decays of its own."""
+    leaves = _leaves(inputs)
+    x, dt, A, B, C, D, bias = (leaves[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias"))
+    width, state = x.shape[3], B.shape[3]
+
+    def call() -> Tensor:
+        out = ops.selective_scan(
+            x.flatten(2).mT,
+            dt.repeat_interleave(width, 2).mT,
+            A.repeat_interleave(width).unsqueeze(1).expand(-1, state),
+            B.permute(0, 2, 3, 1),
+            C.permute(0, 2, 3, 1),
+            D.repeat_interleave(width),
+            None,
+            bias.repeat_interleave(width),
+            True,
+        )
+        return out.mT.reshape(x.shape)
+
+    return Work(call, leaves, inputs["grad_out"])
+
+
+def _ssd_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
+    """The products of the chunked form, over chunks of Q steps, where steps only look back.
+
+    For a step of a head: C h and the new state, n p each, and Q / 2 inputs of p channels; for a step of a group, Q / 2
+    products of C and B. Backward: n p each for the gradients of C, B, x and the state, Q p for those within the chunk;
+    for a group C B again, and the gradients of B and C from it. Besides, for each pair of steps an exponential and a
+    handful of operations.
+    """
+    tokens, heads, size = shape["B"] * shape["L"], shape["H"], shape["N"] * shape["P"]
+    within, shared, pairs = CHUNK * shape["P"] / 2, shape["G"] * CHUNK * shape["N"] / 2, tokens * heads * CHUNK / 2
+    given = sum(x.nbytes for name, x in inputs.items() if name != "grad_out")
+    out = inputs["x"].nbytes
+    products = 2 * tokens * (heads * (2 * size + within) + shared)
+    if not backward:
+        return Cost(read=given, written=out, products=products, flops=6 * pairs, exps=pairs)
+    products += 2 * tokens * (heads * (4 * size + 2 * within) + 3 * shared)
+    return Cost(read=2 * given + out, written=given + out, products=products, flops=18 * pairs, exps=2 * pairs)
 
 
 # ---- causal_conv1d ----
@@ -358,6 +446,28 @@ def _scan_case(layout: str, backward: bool) -> Case:
     )
 
 
+def _ssd_case(backward: bool) -> Case:
+    transformers = Candidate(
+        "transformers", _ssd_transformers, "transformers.models.mamba2.modeling_mamba2:mamba2_chunk_scan"
+    )
+    return Case(
+        "ssm.ssd_chunk_scan",
+        "mamba2",
+        "forward+backward" if backward else "forward",
+        shape={"B": 1, "L": 2048, "H": 24, "P": 64, "N": 128, "G": 1},
+        check={"B": 2, "L": 70, "H": 4, "P": 16, "N": 16, "G": 2},
+        inputs=_ssd_inputs,
+        ours=Candidate("layerzoo", _ssd_ours),
+        reference=Candidate("reference", _ssd_reference),
+        peers=(transformers, Candidate("selective_scan", _ssd_by_selective_scan)),
+        dtypes=DTYPES,
+        wide=("A", "D", "dt_bias"),
+        elements=("B", "L", "H", "P", "N"),
+        cost=partial(_ssd_cost, backward=backward),
+        targets=(Target("share of the limit", at_least=0.5), Target("x transformers", at_least=8)),
+    )
+
+
 def _conv_case(layout: str, backward: bool) -> Case:
     return Case(
         "ssm.causal_conv1d",
@@ -438,6 +548,7 @@ def _model_case(length: int, decode: bool, targets: tuple[Target, ...] = ()) -> 
 
 CASES = (
     *(_scan_case(layout, backward) for layout in LAYOUTS for backward in (False, True)),
+    *(_ssd_case(backward) for backward in (False, True)),
     *(_conv_case(layout, backward) for layout in LAYOUTS for backward in (False, True)),
     _update_case(heads=True),
     _update_case(heads=False),
