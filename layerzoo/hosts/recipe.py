@@ -39,8 +39,8 @@ class Accelerated(nn.Module):
 
     A recipe is `class X(Accelerated, HostX)` with `host = HostX`, importable by name (so that accelerated modules can
     be pickled), without an `__init__`. Its forward takes exactly the arguments of the host's and needs no attribute of
-    an instance that the host does not have. `renamed` maps what another version of the host calls an argument to our name
-    for it; the forward then has to take both.
+    an instance that the host does not have. `renamed` maps what another version of the host calls an argument to our
+    name for it; the forward then has to take both.
     """
 
     host: ClassVar[type[nn.Module]]

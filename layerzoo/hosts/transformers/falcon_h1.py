@@ -1,4 +1,4 @@
-"""Falcon-H1 (Zuo et al., 2025, arXiv 2507.22448): Mamba-2 mixers beside attention, with multipliers and an optional norm."""
+"""Falcon-H1 (Zuo et al., 2025, arXiv 2507.22448): Mamba-2 beside attention, with multipliers, the norm optional."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What transformers' Mamba mixers have in common: projection, convolution, scan, projection, with a cache or without."""
+"""What transformers' Mamba mixers have in common: projection, convolution, scan, projection, and their cache."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ class Mixer(Accelerated):
     - Scan states and the arithmetic inside the kernels are fp32 for bf16 and fp16 models.
     - Gradients flow through the states of a cache from one call to the next.
 
-    A kind gives `_split`, `_sequence` and `_token`. `-exp(A_log)` is computed anew in every call: a stored copy could not
-    notice that `A_log.data` was written. A small model spends its time between the kernels when it decodes: two
+    A kind gives `_split`, `_sequence` and `_token`. `-exp(A_log)` is computed anew in every call: a stored copy could
+    not notice that `A_log.data` was written. A small model spends its time between the kernels when it decodes: two
     dimensions there, and few views.
     """
 
     renamed = MappingProxyType({"cache_params": "cache"})
     companions = (Linear,)
     op: ClassVar[str]  # whose kernel decides whether a device is worth it
-    uncalled: ClassVar[tuple[tuple[str, type[nn.Module]], ...]] = (("conv1d", nn.Conv1d),)  # only their weights are used
+    # children of which only the weights are used, and further parameters that are used directly
+    uncalled: ClassVar[tuple[tuple[str, type[nn.Module]], ...]] = (("conv1d", nn.Conv1d),)
     parameters_used: ClassVar[tuple[str, ...]]
 
     @classmethod
@@ -106,17 +107,17 @@ class Mixer(Accelerated):
         projected: Tensor = self.in_proj(hidden_states)
         return projected
 
-    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Any]:
         """projected (..., all) -> the convolution's input (..., c), the gate (..., d), step sizes (..., h) if any."""
         raise NotImplementedError
 
     def _sequence(
-        self, x: Tensor, gate: Tensor, dt: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+        self, x: Tensor, gate: Tensor, dt: Any, state: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x (b, l, c) out of the convolution -> (b, l, d) for `out_proj`, and the state after the last step."""
         raise NotImplementedError
 
-    def _token(self, x: Tensor, gate: Tensor, dt: Tensor | None, state: Tensor) -> Tensor:
+    def _token(self, x: Tensor, gate: Tensor, dt: Any, state: Tensor) -> Tensor:
         """The same for one token: x (b, c) -> (b, d), the state is written in place."""
         raise NotImplementedError
 

@@ -27,10 +27,10 @@ class SelectiveMixer(Mixer):
 
     op = "selective_scan"
     uncalled = (*Mixer.uncalled, ("dt_proj", nn.Linear))
-    parameters_used = ("dt_proj.weight",)
+    parameters_used: ClassVar[tuple[str, ...]] = ("dt_proj.weight",)
     norms: ClassVar[tuple[str, ...]] = ()  # children that normalise the step size before its projection, B and C
 
-    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, None]:
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Any]:
         x, gate = projected.chunk(2, dim=-1)
         return x, gate, None
 
@@ -44,7 +44,7 @@ class SelectiveMixer(Mixer):
         return linear(dt, self.dt_proj.weight), B, C
 
     def _sequence(
-        self: Any, x: Tensor, gate: Tensor, dt: None, state: Tensor | None, seq_idx: Tensor | None
+        self: Any, x: Tensor, gate: Tensor, dt: Any, state: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         delta, B, C = self._select(x)
         y, last = selective_scan(
@@ -63,7 +63,7 @@ class SelectiveMixer(Mixer):
         )
         return y.transpose(1, 2), last
 
-    def _token(self: Any, x: Tensor, gate: Tensor, dt: None, state: Tensor) -> Tensor:
+    def _token(self: Any, x: Tensor, gate: Tensor, dt: Any, state: Tensor) -> Tensor:
         delta, B, C = self._select(x)
         return selective_state_update(
             state, x, delta, decay(self.A_log), B, C, self.D, gate, self.dt_proj.bias, dt_softplus=True

@@ -45,7 +45,7 @@ class SSDMixer(Mixer):
         return normed
 
     def _sequence(
-        self: Any, x: Tensor, gate: Tensor, dt: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+        self: Any, x: Tensor, gate: Tensor, dt: Any, state: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         one_more = state is not None and x.shape[1] == 1
         x, B, C = self._heads(x)
@@ -67,7 +67,7 @@ class SSDMixer(Mixer):
         )
         return self._normed(y.flatten(2), gate), last
 
-    def _token(self: Any, x: Tensor, gate: Tensor, dt: Tensor | None, state: Tensor) -> Tensor:
+    def _token(self: Any, x: Tensor, gate: Tensor, dt: Any, state: Tensor) -> Tensor:
         x, B, C = self._heads(x)
         y = heads_update(
             state, x, dt, decay(self.A_log), B, C, self.D, self._gate_in_scan(gate), self.dt_bias, dt_softplus=True

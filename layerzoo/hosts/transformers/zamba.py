@@ -18,7 +18,7 @@ class ZambaMambaMixer(SelectiveMixer, modeling_zamba.ZambaMambaMixer):
     uncalled = Mixer.uncalled
     parameters_used = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias")
 
-    def _split(self: Any, projected: Tensor) -> tuple[Tensor, Tensor, None]:
+    def _split(self: Any, projected: Tensor) -> tuple[Tensor, Tensor, Any]:
         # Channels of x and gate alternate; apart in memory, since the kernels are slow at every second number.
         x, gate = projected.unflatten(-1, (self.intermediate_size, 2)).movedim(-1, 0).contiguous()
         return x, gate, None
@@ -32,7 +32,7 @@ class ZambaMambaMixer(SelectiveMixer, modeling_zamba.ZambaMambaMixer):
         return torch.einsum("...hr,hpr->...hp", low, self.dt_proj_weight).flatten(-2), B, C
 
     def _sequence(
-        self: Any, x: Tensor, gate: Tensor, dt: None, state: Tensor | None, seq_idx: Tensor | None
+        self: Any, x: Tensor, gate: Tensor, dt: Any, state: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         delta, B, C = self._select(x)
         y, last = selective_scan(
@@ -51,7 +51,7 @@ class ZambaMambaMixer(SelectiveMixer, modeling_zamba.ZambaMambaMixer):
         )
         return y.transpose(1, 2), last.unflatten(1, (self.n_mamba_heads, self.mamba_head_dim))
 
-    def _token(self: Any, x: Tensor, gate: Tensor, dt: None, state: Tensor) -> Tensor:
+    def _token(self: Any, x: Tensor, gate: Tensor, dt: Any, state: Tensor) -> Tensor:
         delta, B, C = self._select(x)
         A = decay(self.A_log)
         x, delta, gate = (t.unflatten(-1, (self.n_mamba_heads, self.mamba_head_dim)) for t in (x, delta, gate))
