@@ -22,7 +22,7 @@ from layerzoo.bench.report import describe, machine
 from layerzoo.bench.runner import interleave
 from layerzoo.bench.tables import seconds
 from layerzoo.nn import Mamba
-from layerzoo.nn.ssm.mamba import Cache
+from layerzoo.nn.ssm.cache import Cache
 
 try:
     from jinja2 import Environment

@@ -52,7 +52,7 @@ def test_card_shows_what_the_card_says() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["card", "mamba"], "layerzoo: card: no layer is named 'mamba'; did you mean 'ssm/mamba'?"),
+        (["card", "mamba"], "layerzoo: card: no layer is named 'mamba'; did you mean 'ssm/mamba' or 'ssm/mamba2'?"),
         (["list", "--family", "smm"], "layerzoo: list_layers: family must be one of"),
         (["list", "--domain", "nowhere"], "layerzoo: list_layers: domain must be one of"),
         (["new-plugin", "My-Plugin"], "NAME must be a lower-case word"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -11,9 +12,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+# The families of transformers with a Mamba mixer, and its class; ours has the same name.
+MIXERS = {
+    "mamba": "MambaMixer",
+    "mamba2": "Mamba2Mixer",
+    "bamba": "BambaMixer",
+    "falcon_h1": "FalconH1Mixer",
+    "falcon_mamba": "FalconMambaMixer",
+    "granitemoehybrid": "GraniteMoeHybridMambaLayer",
+    "jamba": "JambaMambaMixer",
+    "nemotron_h": "NemotronHMamba2Mixer",
+    "zamba": "ZambaMambaMixer",
+    "zamba2": "Zamba2MambaMixer",
+}
 # The host's class -> ours. By name, so that no host is imported before a model of it is at hand.
 RECIPES = {
-    "transformers.models.mamba.modeling_mamba.MambaMixer": "layerzoo.hosts.transformers:MambaMixer",
+    f"transformers.models.{family}.modeling_{family}.{name}": f"layerzoo.hosts.transformers.{family}:{name}"
+    for family, name in MIXERS.items()
 }
 # of a whole module on a probe, relative in norm: a few ops deep, and a host may round more often than we do
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -23,9 +38,9 @@ class Accelerated(nn.Module):
     """The mark of a class of ours that stands in for `host` in existing modules: other forward, same parameters.
 
     A recipe is `class X(Accelerated, HostX)` with `host = HostX`, importable by name (so that accelerated modules can
-    be pickled), without an `__init__`. Its forward takes exactly the arguments of the host's and needs nothing of
-    `self` that the host does not have. `renamed` maps what another version of the host calls an argument to our name
-    for it; the forward then has to take both.
+    be pickled), without an `__init__`. Its forward takes exactly the arguments of the host's and needs no attribute of
+    an instance that the host does not have. `renamed` maps what another version of the host calls an argument to our
+    name for it; the forward then has to take both.
     """
 
     host: ClassVar[type[nn.Module]]
@@ -107,8 +122,10 @@ def _differs(recipe: type[Accelerated], module: nn.Module) -> str:
     probe = recipe.probe(module)
     if probe[0].is_meta:
         return "a module on the meta device cannot be verified"
+    ours = copy.copy(module)
+    ours.__class__ = recipe
     with torch.no_grad():
         expected: Any = recipe.host.forward(module, *probe)
-        error = float((recipe.forward(module, *probe) - expected).norm() / expected.norm())
+        error = float((ours.forward(*probe) - expected).norm() / expected.norm())
     allowed = TOLERANCE[expected.dtype]
     return "" if error <= allowed else f"on a probe its output differs by {error:.1e} (relative), allowed {allowed:.0e}"

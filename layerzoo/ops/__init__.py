@@ -7,6 +7,7 @@ from layerzoo.ops.ssm import (
     causal_conv1d_update,
     selective_scan,
     selective_state_update,
+    seq_idx_from_cu_seqlens,
     ssd_chunk_scan,
 )
 
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d_update",
     "selective_scan",
     "selective_state_update",
+    "seq_idx_from_cu_seqlens",
     "skinny_linear",
     "ssd_chunk_scan",
 ]

@@ -18,7 +18,7 @@ from layerzoo.ops import linear as ops_linear
 transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
 modeling_mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
 
-from layerzoo.hosts.transformers import CACHE, MambaMixer  # noqa: E402  after the skip
+from layerzoo.hosts.transformers.mamba import CACHE, MambaMixer  # noqa: E402  after the skip
 
 VARIANTS = {
     "default": {},
@@ -246,7 +246,7 @@ class TestReach:
         expected = model(tokens()).logits
         report = accelerate(model, strict=True, verify=True)
         assert {entry.new for entry in report} == {
-            "layerzoo.hosts.transformers.MambaMixer",
+            "layerzoo.hosts.transformers.mamba.MambaMixer",
             "layerzoo.hosts.torch.Linear",
         }
         assert isinstance(model.backbone.layers[0].mixer, modeling_mamba.MambaMixer)

@@ -11,15 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from layerzoo.nn.linear import Linear
+from layerzoo.nn.ssm.cache import Cache, cache_of, move_on
 from layerzoo.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 from layerzoo.ops.linear import linear
-
-Cache = tuple[Tensor, Tensor]
-
-
-class _Linear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
 
 
 class Mamba(nn.Module):
@@ -74,15 +69,15 @@ class Mamba(nn.Module):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         full: dict[str, Any] = {"device": device, "dtype": torch.float32}
 
-        self.in_proj = _Linear(d_model, 2 * self.d_inner, bias=bias, **like)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **like)
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **like
         )
-        self.x_proj = _Linear(self.d_inner, rank + 2 * d_state, bias=False, **like)
-        self.dt_proj = _Linear(rank, self.d_inner, bias=True, **like)
+        self.x_proj = Linear(self.d_inner, rank + 2 * d_state, bias=False, **like)
+        self.dt_proj = Linear(rank, self.d_inner, bias=True, **like)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **full))
         self.D = nn.Parameter(torch.empty(self.d_inner, **full))
-        self.out_proj = _Linear(self.d_inner, d_model, bias=bias, **like)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **like)
         # Marks that training code written for mamba-ssm looks for.
         self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
@@ -133,7 +128,7 @@ class Mamba(nn.Module):
                 f"got {tuple(hidden_states.shape)}"
             )
         if inference_params is not None:
-            cache = self._cache_of(inference_params, hidden_states.shape[0])
+            cache = cache_of(self, inference_params, hidden_states.shape[0])
         if cache is not None and hidden_states.shape[1] == 1 and seq_idx is None:
             return self.step(hidden_states, *cache)[0]
         x, z = self.in_proj(hidden_states).chunk(2, dim=2)  # b l d each
@@ -157,9 +152,7 @@ class Mamba(nn.Module):
             seq_idx=seq_idx,
         )
         if cache is not None:
-            with torch.no_grad():
-                cache[0].copy_(torch.cat([cache[0], recent], 2)[:, :, -self.d_conv :])
-                cache[1].copy_(state)
+            move_on(cache, recent, state)
         return linear(y.transpose(1, 2), self.out_proj.weight, self.out_proj.bias)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,15 +187,3 @@ class Mamba(nn.Module):
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
         wide = torch.promote_types(weight.dtype, torch.float32)
         return conv_state, weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
-
-    def _cache_of(self, inference_params: Any, batch_size: int) -> Cache:
-        if self.layer_idx is None:
-            raise ValueError("Mamba: inference_params needs a layer_idx, which this layer was built without")
-        caches = inference_params.key_value_memory_dict
-        if self.layer_idx not in caches:
-            caches[self.layer_idx] = self.allocate_inference_cache(batch_size)
-        cache: Cache = caches[self.layer_idx]
-        if inference_params.seqlen_offset == 0:
-            for state in cache:
-                state.zero_()
-        return cache
