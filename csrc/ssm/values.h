@@ -12,10 +12,6 @@
 
 namespace layerzoo {
 
-inline ScalarType accumulate_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 template <class S>
 void check_no_nan(const Tensor& A, const char* op) {
   const S* p = static_cast<const S*>(A.data_ptr());

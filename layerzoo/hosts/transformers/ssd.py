@@ -22,7 +22,7 @@ class SSDMixer(Mixer):
     `time_step_limit` bounds the step sizes as in the host: not those of one token after a cached start.
     """
 
-    op = "selective_scan"
+    op = "ssd_chunk_scan"
     parameters_used = ("dt_bias",)
 
     def _split(self: Any, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,21 +53,8 @@ class ZambaMambaMixer(SelectiveMixer, modeling_zamba.ZambaMambaMixer):
 
     def _token(self: Any, x: Tensor, gate: Tensor, dt: Any, state: Tensor) -> Tensor:
         delta, B, C = self._select(x)
-        A = decay(self.A_log)
         x, delta, gate = (t.unflatten(-1, (self.n_mamba_heads, self.mamba_head_dim)) for t in (x, delta, gate))
-        heads = [
-            selective_state_update(
-                state[:, k],
-                x[:, k],
-                delta[:, k],
-                A[k],
-                B[:, k],
-                C[:, k],
-                self.D[k],
-                gate[:, k],
-                self.dt_proj_bias[k],
-                dt_softplus=True,
-            )
-            for k in range(self.n_mamba_heads)
-        ]
-        return torch.cat(heads, -1)
+        y = selective_state_update(
+            state, x, delta, decay(self.A_log), B, C, self.D, gate, self.dt_proj_bias, dt_softplus=True
+        )
+        return y.flatten(1)

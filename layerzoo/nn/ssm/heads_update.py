@@ -1,9 +1,8 @@
-"""One step of Mamba-2's scan, until `selective_state_update` takes heads: then this file goes."""
+"""One step of Mamba-2's scan, by `selective_state_update` in heads."""
 
 from torch import Tensor
 
-from layerzoo.ops import ssd_chunk_scan
-from layerzoo.ops._checks import check_no_gradient
+from layerzoo.ops import selective_state_update
 
 
 def heads_update(
@@ -21,20 +20,16 @@ def heads_update(
     """state (batch, heads, width, state), changed in place; x, z (batch, heads, width); dt (batch, heads); A, dt_bias
     (heads,); D (heads,) or (heads, width); B, C (batch, groups, state) -> (batch, heads, width), without a gradient.
     """
-    check_no_gradient("heads_update", state, x, dt, A, B, C, D, z, dt_bias)
-    y, last = ssd_chunk_scan(
-        x.unsqueeze(1),
-        dt.unsqueeze(1),
-        A,
-        B.unsqueeze(1),
-        C.unsqueeze(1),
-        1,
-        D,
-        None if z is None else z.unsqueeze(1),
-        dt_bias,
+    heads, width, n = state.shape[1:]
+    return selective_state_update(
         state,
-        dt_softplus=dt_softplus,
-        return_final_states=True,
+        x,
+        dt.unsqueeze(2).expand_as(x),
+        A[:, None, None].expand(heads, width, n),
+        B,
+        C,
+        D.unsqueeze(1).expand(heads, width) if D is not None and D.dim() == 1 else D,
+        z,
+        None if dt_bias is None else dt_bias.unsqueeze(1).expand(heads, width),
+        dt_softplus,
     )
-    state.copy_(last)
-    return y.squeeze(1)
