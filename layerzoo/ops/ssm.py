@@ -328,11 +328,10 @@ _update = define(
 )
 
 
-def _check_groups(op: str, B: Tensor, batch: int, heads: int, state: int, device: torch.device) -> int:
-    """Checks B of the heads form and returns its number of groups."""
+def _check_groups(op: str, B: Tensor, heads: int) -> int:
+    """Returns the number of groups of B in the heads form, after the check that it divides the heads."""
     check_rank(op, "B", B, ("(batch, groups, state)",))
     groups = B.shape[1]
-    check_tensor(op, "B", B, "(batch, groups, state)", (batch, groups, state), device)
     if groups < 1 or heads % groups:
         raise ValueError(f"{op}: B has {groups} groups, which must divide the {heads} heads of x")
     return groups
@@ -379,9 +378,8 @@ def selective_state_update(
     batch, device = x.shape[0], x.device
     if heads := x.dim() == 3:
         check_positive(op, "x", "head", x.shape[1])
-        middle, inner = "heads, channels", (x.shape[1], x.shape[2])
-    else:
-        middle, inner = "channels", (x.shape[1],)
+    inner = tuple(x.shape[1:])
+    middle = "heads, channels" if heads else "channels"
     check_positive(op, "x", "channel", inner[-1])
     check_rank(op, "A", A, (f"({middle}, state)",))
     n = A.shape[-1]
@@ -394,12 +392,10 @@ def selective_state_update(
     check_tensor(op, "state", state, f"({first}, {middle}, state)", (rows, *inner, n), device)
     check_tensor(op, "dt", dt, f"(batch, {middle})", (batch, *inner), device)
     check_tensor(op, "A", A, f"({middle}, state)", (*inner, n), device)
-    if heads:
-        coefficients = "(batch, groups, state)", (batch, _check_groups(op, B, batch, inner[0], n, device), n)
-    else:
-        coefficients = "(batch, state)", (batch, n)
-        check_tensor(op, "B", B, *coefficients, device)
-    check_tensor(op, "C", C, *coefficients, device)
+    groups: tuple[int, ...] = (_check_groups(op, B, inner[0]),) if heads else ()
+    for name, coefficient in (("B", B), ("C", C)):
+        dims = "(batch, groups, state)" if heads else "(batch, state)"
+        check_tensor(op, name, coefficient, dims, (batch, *groups, n), device)
     if z is not None:
         check_tensor(op, "z", z, f"(batch, {middle})", (batch, *inner), device)
     for name, row in (("D", D), ("dt_bias", dt_bias)):
