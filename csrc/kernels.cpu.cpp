@@ -12,6 +12,6 @@ extern "C" __attribute__((visibility("default"))) const layerzoo::Kernels* layer
       {multiply_add, exponentials},
       {pack, unpack, sum, selective_scan_scratch, selective_scan, selective_scan_backward_scratch,
        selective_scan_backward, causal_conv1d_scratch, causal_conv1d, causal_conv1d_backward, causal_conv1d_update,
-       selective_state_update}};
+       selective_state_update, linear_scan, linear_scan_backward}};
   return &table;
 }

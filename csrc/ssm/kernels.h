@@ -94,6 +94,22 @@ struct StateUpdateArgs {
   int64_t tasks() const { return b * ((d + 15) / 16); }
 };
 
+struct LinearScanArgs {
+  bool f64, complex;
+  int64_t b, d, l;
+  int64_t unit;               // channels per task; a multiple of 16, and at most 1024 scalars
+  bool rows;                  // channels lie together in every operand
+  Operand a, x, h;            // (b, d, l); strides count complex numbers where these are
+  const void* initial_state;  // S, or pairs: (b, d) or null
+
+  int64_t tasks() const { return b * ((d + unit - 1) / unit); }
+};
+
+struct LinearScanGradArgs : LinearScanArgs {  // `x` unused
+  Operand grad_h, grad_a, grad_x;
+  void* grad_initial;  // as `initial_state`
+};
+
 // `scratch`: that many bytes for each thread, aligned to 64.
 struct SsmKernels {
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);    // tasks: b * g
@@ -108,6 +124,8 @@ struct SsmKernels {
   void (*causal_conv1d_backward)(const ConvGradArgs&, void* scratch, int64_t begin, int64_t end);
   void (*causal_conv1d_update)(const ConvArgs&, void* scratch, int64_t begin, int64_t end);
   void (*selective_state_update)(const StateUpdateArgs&, int64_t begin, int64_t end);
+  void (*linear_scan)(const LinearScanArgs&, int64_t begin, int64_t end);
+  void (*linear_scan_backward)(const LinearScanGradArgs&, int64_t begin, int64_t end);
 };
 
 #ifdef LZ_ISA
@@ -124,6 +142,8 @@ void causal_conv1d(const ConvArgs&, void*, int64_t, int64_t);
 void causal_conv1d_backward(const ConvGradArgs&, void*, int64_t, int64_t);
 void causal_conv1d_update(const ConvArgs&, void*, int64_t, int64_t);
 void selective_state_update(const StateUpdateArgs&, int64_t, int64_t);
+void linear_scan(const LinearScanArgs&, int64_t, int64_t);
+void linear_scan_backward(const LinearScanGradArgs&, int64_t, int64_t);
 }  // namespace LZ_ISA
 #endif
 

@@ -5,6 +5,7 @@ from layerzoo.ops.linear import skinny_linear
 from layerzoo.ops.ssm import (
     causal_conv1d,
     causal_conv1d_update,
+    linear_scan,
     selective_scan,
     selective_state_update,
     ssd_chunk_scan,
@@ -15,6 +16,7 @@ _native.status()  # loads the kernels, or says under LAYERZOO_NATIVE=require why
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "linear_scan",
     "selective_scan",
     "selective_state_update",
     "skinny_linear",
