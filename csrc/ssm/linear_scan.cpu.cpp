@@ -8,8 +8,9 @@
 namespace layerzoo::LZ_ISA {
 namespace {
 
-constexpr int kTile = 1024;  // scalars of a buffer
-constexpr int kSteps = 64;   // at most, between two looks at where operands lie
+constexpr int kSteps = 256;  // of a tile, at most: short pieces of many rows are slow to read
+template <class S>
+constexpr int kTile = 16384 / sizeof(S);  // scalars of a buffer, and at least those of a unit
 
 template <class S>
 constexpr DType kType = sizeof(S) == 8 ? DType::f64 : DType::f32;
@@ -66,7 +67,7 @@ struct Block {
   }
 
   int steps(const LinearScanArgs& a, int64_t t0) const {
-    const int most = kTile / scalars < kSteps ? kTile / scalars : kSteps;
+    const int most = kTile<S> / scalars < kSteps ? kTile<S> / scalars : kSteps;
     return static_cast<int>(a.l - t0 < most ? a.l - t0 : most);
   }
 
@@ -164,7 +165,7 @@ void for_each_block(const LinearScanArgs& a, int64_t begin, int64_t end, const F
 
 template <class S, bool kComplex>
 void scan(const LinearScanArgs& a, int64_t begin, int64_t end) {
-  alignas(64) S state[kTile], a_[kTile], x_[kTile], h_[kTile];
+  alignas(64) S state[kTile<S>], a_[kTile<S>], x_[kTile<S>], h_[kTile<S>];
   for_each_block<S, kComplex>(a, begin, end, [&](const Block<S, kComplex>& block) {
     block.initial(a, state);
     for (int64_t t0 = 0; t0 < a.l;) {
@@ -190,7 +191,8 @@ void scan(const LinearScanArgs& a, int64_t begin, int64_t end) {
 // With lam_t the gradient of h_t through all that follows: lam_t = grad_t + conj(a_{t+1}) lam_{t+1}, last step first.
 template <class S, bool kComplex>
 void scan_backward(const LinearScanGradArgs& a, int64_t begin, int64_t end) {
-  alignas(64) S first[kTile], carry[kTile], a_[kTile], h_[kTile], grad_[kTile], grad_a_[kTile], grad_x_[kTile];
+  alignas(64) S first[kTile<S>], carry[kTile<S>], a_[kTile<S>], h_[kTile<S>], grad_[kTile<S>], grad_a_[kTile<S>],
+      grad_x_[kTile<S>];
   for_each_block<S, kComplex>(a, begin, end, [&](const Block<S, kComplex>& block) {
     block.initial(a, first);
     block.clear(carry);
