@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo import env
-from layerzoo.ops._checks import FLOATING, INTEGER, check_no_gradient, check_positive, check_rank, check_tensor, check_writable
+from layerzoo.ops._checks import (
+    FLOATING,
+    INTEGER,
+    check_no_gradient,
+    check_positive,
+    check_rank,
+    check_tensor,
+    check_writable,
+)
 from layerzoo.ops._define import define
 from layerzoo.reference import ssm as reference
 from layerzoo.reference.ssm import CHUNK, accumulate_dtype

@@ -335,7 +335,9 @@ def linear_scan_backward(
     """
     acc = recurrence_dtype(h)
     first = h.new_zeros((h.shape[0], h.shape[2]), dtype=acc) if initial_state is None else initial_state.to(acc)
-    before = torch.cat([h[:, 1:].to(acc), first.unsqueeze(1)] if reverse else [first.unsqueeze(1), h[:, :-1].to(acc)], 1)
+    before = torch.cat(
+        [h[:, 1:].to(acc), first.unsqueeze(1)] if reverse else [first.unsqueeze(1), h[:, :-1].to(acc)], 1
+    )
     lam, carry = torch.zeros_like(h, dtype=acc), torch.zeros_like(first)
     for t in range(h.shape[1]) if reverse else range(h.shape[1] - 1, -1, -1):
         lam[:, t] = grad[:, t].to(acc) + carry
