@@ -1,4 +1,4 @@
-"""linear_scan against the numpy oracle: values, gradients, layouts, types, threads, and its promises besides numbers."""
+"""linear_scan against the numpy oracle: values, gradients, layouts, types, threads, and what else it promises."""
 
 from typing import Any
 

@@ -114,6 +114,6 @@ def test_a_decay_of_one_keeps_values_and_gradients_finite() -> None:
     ],
 )
 def test_bad_input(call: Any, words: str) -> None:
-    with pytest.raises(ValueError, match="^RGLRU: ") as caught:
+    with pytest.raises(ValueError, match=r"^RGLRU: ") as caught:
         call()
     assert words in str(caught.value)
