@@ -1,7 +1,9 @@
 """Layers: drop-in `nn.Module`s, one file each, under their family."""
 
+from layerzoo.nn.ssm.bigs import BiGS
 from layerzoo.nn.ssm.hgrn import HGRN, hgrn_lower_bounds
 from layerzoo.nn.ssm.mamba import Mamba
 from layerzoo.nn.ssm.rglru import RGLRU
+from layerzoo.nn.ssm.s4d import S4D
 
-__all__ = ["HGRN", "RGLRU", "Mamba", "hgrn_lower_bounds"]
+__all__ = ["HGRN", "RGLRU", "S4D", "BiGS", "Mamba", "hgrn_lower_bounds"]
