@@ -111,7 +111,8 @@ class DiagonalSSM(nn.Module):
         kernel = s4d_kernel(*self.kernel.system(u.dtype), length)  # d l
         n = max(2 * length, LEAST)  # twice, so that what wraps around meets zeros
         y = torch.fft.irfft(torch.fft.rfft(u.mT, n=n) * torch.fft.rfft(kernel, n=n), n=n)[..., :length].mT  # b l d
-        return (y + self.D * u).to(x.dtype)
+        out: Tensor = (y + self.D * u).to(x.dtype)
+        return out
 
     def _recur(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         u = self._wide(x)
