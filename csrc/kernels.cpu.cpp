@@ -30,6 +30,8 @@ extern "C" __attribute__((visibility("default"))) const layerzoo::Kernels* layer
                                            ssd_part_size,
                                            ssd_chunk_scan_backward_scratch,
                                            ssd_chunk_scan_backward,
-                                           ssd_unpack}};
+                                           ssd_unpack,
+                                           linear_scan,
+                                           linear_scan_backward}};
   return &table;
 }

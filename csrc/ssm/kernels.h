@@ -157,6 +157,22 @@ struct SsdGradArgs : SsdArgs {  // `out` and `final_states` unused
   int64_t units() const { return (h / g + unit - 1) / unit; }
 };
 
+struct LinearScanArgs {
+  bool f64, complex;
+  int64_t b, d, l;
+  int64_t unit;               // channels per task; a multiple of 16, and at most 1024 scalars
+  bool rows;                  // channels lie together in every operand
+  Operand a, x, h;            // (b, d, l); strides count complex numbers where these are
+  const void* initial_state;  // S, or pairs: (b, d) or null
+
+  int64_t tasks() const { return b * ((d + unit - 1) / unit); }
+};
+
+struct LinearScanGradArgs : LinearScanArgs {  // `x` unused
+  Operand grad_h, grad_a, grad_x;
+  void* grad_initial;  // as `initial_state`
+};
+
 // `scratch`: that many bytes for each thread, aligned to 64.
 struct SsmKernels {
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);    // tasks: b * g
@@ -182,6 +198,8 @@ struct SsmKernels {
   void (*ssd_chunk_scan_backward)(const SsdGradArgs&, void* scratch, int64_t begin,
                                   int64_t end);                        // tasks: units * b * g * chunks
   void (*ssd_unpack)(const SsdGradArgs&, int64_t begin, int64_t end);  // tasks: b * g * chunks
+  void (*linear_scan)(const LinearScanArgs&, int64_t begin, int64_t end);
+  void (*linear_scan_backward)(const LinearScanGradArgs&, int64_t begin, int64_t end);
 };
 
 #ifdef LZ_ISA
@@ -208,6 +226,8 @@ int64_t ssd_part_size(const SsdGradArgs&);
 int64_t ssd_chunk_scan_backward_scratch(const SsdGradArgs&);
 void ssd_chunk_scan_backward(const SsdGradArgs&, void*, int64_t, int64_t);
 void ssd_unpack(const SsdGradArgs&, int64_t, int64_t);
+void linear_scan(const LinearScanArgs&, int64_t, int64_t);
+void linear_scan_backward(const LinearScanGradArgs&, int64_t, int64_t);
 }  // namespace LZ_ISA
 #endif
 

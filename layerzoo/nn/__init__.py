@@ -1,6 +1,10 @@
 """Layers: drop-in `nn.Module`s, one file each, under their family."""
 
+from layerzoo.nn.ssm.bigs import BiGS
+from layerzoo.nn.ssm.hgrn import HGRN, hgrn_lower_bounds
 from layerzoo.nn.ssm.mamba import Mamba
 from layerzoo.nn.ssm.mamba2 import Mamba2
+from layerzoo.nn.ssm.rglru import RGLRU
+from layerzoo.nn.ssm.s4d import S4D
 
-__all__ = ["Mamba", "Mamba2"]
+__all__ = ["HGRN", "RGLRU", "S4D", "BiGS", "Mamba", "Mamba2", "hgrn_lower_bounds"]

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from layerzoo import env
-from layerzoo.ops._checks import INTEGER, check_no_gradient, check_positive, check_rank, check_tensor, check_writable
+from layerzoo.ops._checks import (
+    FLOATING,
+    INTEGER,
+    check_no_gradient,
+    check_positive,
+    check_rank,
+    check_tensor,
+    check_writable,
+)
 from layerzoo.ops._define import define
 from layerzoo.reference import ssm as reference
 from layerzoo.reference.ssm import CHUNK, accumulate_dtype
@@ -862,3 +870,130 @@ def ssd_chunk_scan(
         x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, float(low), float(high), chunk
     )
     return (out, last) if return_final_states else out
+
+
+# ---- linear_scan ----
+
+_COMPLEX = (torch.complex64, torch.complex128)
+
+
+def _recurrence_backward_reference(
+    grad: Tensor, a: Tensor, h: Tensor, initial_state: Tensor | None, reverse: bool
+) -> tuple[Tensor, ...]:
+    grad_a, grad_x, grad_initial = reference.linear_scan_backward(grad, a, h, initial_state, reverse)
+    initial = None if grad_initial is None else grad_initial.clone(memory_format=torch.contiguous_format)
+    return _or_empty(h, h.dtype, (torch.empty_like(a).copy_(grad_a), torch.empty_like(h).copy_(grad_x), initial))
+
+
+def _recurrence_backward_fake(
+    grad: Tensor, a: Tensor, h: Tensor, initial_state: Tensor | None, reverse: bool
+) -> tuple[Tensor, ...]:
+    initial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return _or_empty(h, h.dtype, (torch.empty_like(a), torch.empty_like(h), initial))
+
+
+_recurrence_backward = define(
+    "linear_scan_backward(Tensor grad, Tensor a, Tensor h, Tensor? initial_state, bool reverse)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=_recurrence_backward_reference,
+    fake=_recurrence_backward_fake,
+)
+
+
+def _recurrence_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, _, initial_state, ctx.reverse = inputs
+    ctx.save_for_backward(a, initial_state, output)
+
+
+def _recurrence_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, initial_state, h = ctx.saved_tensors
+    grad_a, grad_x, grad_initial = _recurrence_backward(grad, a, h, initial_state, ctx.reverse)
+    return grad_a, grad_x, None if initial_state is None else grad_initial, None
+
+
+# Autocast leaves it alone: a decay near 1 would lose what it says, and a sum over all time its digits.
+_recurrence = define(
+    "linear_scan(Tensor a, Tensor x, Tensor? initial_state, bool reverse) -> Tensor",
+    reference=lambda a, x, *args: torch.empty_like(x).copy_(reference.linear_scan(a, x, *args)),
+    fake=lambda a, x, *args: torch.empty_like(x),
+    setup_context=_recurrence_setup,
+    backward=_recurrence_gradient,
+)
+
+
+def linear_scan(a: Tensor, x: Tensor, initial_state: Tensor | None = None, reverse: bool = False) -> Tensor:
+    """Linear recurrence `h_t = a_t h_{t-1} + x_t`, each channel on its own: the core of HGRN, RG-LRU, LRU, minGRU, S4D.
+
+    The scan of Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length" (2018), run step by
+    step over many channels at once.
+
+    Args:
+        a, x: (batch, length, channels), real or complex64/complex128; a may be real where x is complex. Any strides;
+            fast where channels or steps lie together; an expanded a is read as it is.
+        initial_state: (batch, channels), the state before the first step; zero if None.
+        reverse: from the last step to the first, `h_t = a_t h_{t+1} + x_t`.
+
+    Returns:
+        h (batch, length, channels) in x's dtype and stride order, computed in float32 (float64 for float64 x, complex
+        as x). Differentiable, once; the gradients of complex arguments are torch's, with conjugates.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; complex a or initial_state where x
+            is real.
+    """
+    op = "linear_scan"
+    check_rank(op, "x", x, ("(batch, length, channels)",), FLOATING + _COMPLEX)
+    (batch, length, channels), device = x.shape, x.device
+    dtypes = FLOATING + _COMPLEX if x.is_complex() else FLOATING
+    check_tensor(op, "a", a, "(batch, length, channels)", (batch, length, channels), device, dtypes)
+    if initial_state is not None:
+        check_tensor(op, "initial_state", initial_state, "(batch, channels)", (batch, channels), device, dtypes)
+    if x.is_complex():
+        a = a.to(x.dtype)
+        initial_state = None if initial_state is None else initial_state.to(x.dtype)
+    h: Tensor = _recurrence(a, x, initial_state, reverse)
+    return h
+
+
+# ---- s4d_kernel ----
+
+_BLOCK = 64  # steps of the second factor of a Vandermonde matrix: as many as the first has at length 4096
+
+
+def s4d_kernel(dt: Tensor, A: Tensor, C: Tensor, length: int) -> Tensor:
+    """Convolution kernel of diagonal state spaces under zero-order hold, S4D (Gu et al., 2022, arXiv 2206.11893).
+
+    `K_t = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(t dt A_n)`, for t from 0: what `h_t = exp(dt A) h_{t-1} +
+    (exp(dt A) - 1) / A u_t`, `y_t = 2 Re sum_n C_n h_tn` make of a unit impulse.
+
+    The Vandermonde matrix exp(t dt A_n) is never made: with t = 64 i + j it is a product of two small ones.
+
+    Args:
+        dt: (channels,), step sizes; float32 or float64. A, C: (channels, state), complex of the same precision; of each
+            conjugate pair one. A must not be 0.
+        length: number of steps.
+
+    Returns:
+        (channels, length) in dt's dtype, differentiable as often as wanted: it is made of torch's own operators.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; a negative length.
+    """
+    op = "s4d_kernel"
+    check_rank(op, "dt", dt, ("(channels)",), (torch.float32, torch.float64))
+    check_rank(op, "A", A, ("(channels, state)",), _COMPLEX)
+    shape = (dt.shape[0], A.shape[1])
+    for name, value in (("A", A), ("C", C)):
+        check_tensor(
+            op, name, value, "(channels, state)", shape, dt.device, (torch.promote_types(dt.dtype, torch.cfloat),)
+        )
+    if length < 0:
+        raise ValueError(f"{op}: length must be at least 0, got {length}")
+    step = dt.unsqueeze(1) * A  # d n
+    weight = 2 * C * torch.expm1(step) / A
+    blocks = torch.arange((length + _BLOCK - 1) // _BLOCK, device=dt.device, dtype=dt.dtype) * _BLOCK
+    within = torch.arange(_BLOCK, device=dt.device, dtype=dt.dtype)
+    first = weight.unsqueeze(1) * torch.exp(step.unsqueeze(1) * blocks[:, None])  # d i n
+    second = torch.exp(step.unsqueeze(2) * within)  # d n j
+    real = torch.cat([first.real, -first.imag], 2) @ torch.cat([second.real, second.imag], 1)
+    return real.flatten(1)[:, :length]

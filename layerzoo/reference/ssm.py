@@ -509,3 +509,39 @@ def ssd_chunk_scan_backward(
         if ginitial is None or initial_states is None
         else ginitial.unflatten(1, (heads, width)).to(initial_states.dtype),
     )
+
+
+def recurrence_dtype(x: Tensor) -> torch.dtype:
+    """The type that `linear_scan` computes in: x's own where that is complex, else as everywhere."""
+    return x.dtype if x.is_complex() else accumulate_dtype(x)
+
+
+def linear_scan(a: Tensor, x: Tensor, initial_state: Tensor | None = None, reverse: bool = False) -> Tensor:
+    """h_t = a_t h_{t-1} + x_t for each of (b, l, d); `reverse`: h_t = a_t h_{t+1} + x_t."""
+    acc = recurrence_dtype(x)
+    h = x.new_zeros((x.shape[0], x.shape[2]), dtype=acc) if initial_state is None else initial_state.to(acc)
+    states = [h] * x.shape[1]
+    for t in range(x.shape[1] - 1, -1, -1) if reverse else range(x.shape[1]):
+        states[t] = h = a[:, t].to(acc) * h + x[:, t].to(acc)
+    return torch.stack(states, 1).to(x.dtype) if states else x.clone()
+
+
+def linear_scan_backward(
+    grad: Tensor, a: Tensor, h: Tensor, initial_state: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of a, x, initial_state (None for None), h being the result.
+
+    With lam_t the gradient of h_t: lam_t = grad_t + conj(a_{t+1}) lam_{t+1}, the recurrence run back. Of x it is lam_t,
+    of a_t it is lam_t conj(h_{t-1}), of the initial state conj(a_0) lam_0.
+    """
+    acc = recurrence_dtype(h)
+    first = h.new_zeros((h.shape[0], h.shape[2]), dtype=acc) if initial_state is None else initial_state.to(acc)
+    before = torch.cat(
+        [h[:, 1:].to(acc), first.unsqueeze(1)] if reverse else [first.unsqueeze(1), h[:, :-1].to(acc)], 1
+    )
+    lam, carry = torch.zeros_like(h, dtype=acc), torch.zeros_like(first)
+    for t in range(h.shape[1]) if reverse else range(h.shape[1] - 1, -1, -1):
+        lam[:, t] = grad[:, t].to(acc) + carry
+        carry = a[:, t].to(acc).conj() * lam[:, t]
+    grad_a = (lam * before[:, : h.shape[1]].conj()).to(a.dtype)
+    return grad_a, lam.to(h.dtype), None if initial_state is None else carry.to(initial_state.dtype)

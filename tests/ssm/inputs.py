@@ -19,7 +19,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     """
     if layout == "time-last" or (x.dim() == 1 and layout in ("channel-last", "chunk")):
         return x.contiguous()
-    filler = torch.nan if x.is_floating_point() else 2**31 - 1
+    filler = torch.nan if x.is_floating_point() or x.is_complex() else 2**31 - 1
 
     def room(*shape: int) -> Tensor:
         return torch.full(shape, filler, dtype=x.dtype)
@@ -174,3 +174,29 @@ def plain(arguments: dict[str, Any]) -> dict[str, Any]:
         name: x if not isinstance(x, Tensor) else array(x) if x.is_floating_point() else x.numpy()
         for name, x in arguments.items()
     }
+
+
+def recurrence_arguments(
+    batch: int,
+    length: int,
+    channels: int,
+    *,
+    initial: bool = True,
+    reverse: bool = False,
+    dtype: torch.dtype = torch.float32,
+    others: torch.dtype | None = None,
+    layouts: tuple[str, ...] = ("time-last",),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments of linear_scan; `others` is the type of a and initial_state. What LAYOUTS call time is the last
+    dimension, here that of channels."""
+    torch.manual_seed(seed)
+    kind = others or dtype
+    phase = torch.exp(2j * torch.pi * torch.rand(batch, length, channels)) if kind.is_complex else 1
+    tensors = {
+        "a": ((0.3 + 0.7 * torch.rand(batch, length, channels)) * phase).to(kind),
+        "x": torch.randn(batch, length, channels, dtype=torch.cfloat if dtype.is_complex else None).to(dtype),
+        "initial_state": torch.randn(batch, channels, dtype=torch.cfloat if kind.is_complex else None).to(kind),
+    }
+    laid = {name: lay_out(x, layouts[i % len(layouts)]) for i, (name, x) in enumerate(tensors.items())}
+    return {name: x for name, x in laid.items() if initial or name != "initial_state"} | {"reverse": reverse}

@@ -5,6 +5,7 @@ test_selective_scan.py holds them to complex-step derivatives of the forward loo
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -403,3 +404,37 @@ def causal_conv1d_update(
             elif kept:
                 after[row, :, first % kept] = x[b, :, t]
     return out, after
+
+
+def linear_scan(a: Any, x: Any, initial_state: Any = None, reverse: bool = False) -> Any:
+    """Step t as a sum of all inputs before it, each by the product of the factors since: no recurrence."""
+    if reverse:
+        return linear_scan(a[:, ::-1], x[:, ::-1], initial_state)[:, ::-1]
+    out = np.zeros(x.shape, np.result_type(a, x))
+    for t in range(x.shape[1]):
+        factor = np.ones_like(out[:, t])
+        for s in range(t, -1, -1):
+            out[:, t] += factor * x[:, s]
+            factor = factor * a[:, s]
+        out[:, t] += 0 if initial_state is None else factor * initial_state
+    return out
+
+
+def linear_scan_gradients(
+    grad: Any, a: Any, x: Any, initial_state: Any = None, reverse: bool = False
+) -> dict[str, Any]:
+    """The gradient of Re sum(conj(grad) h) by argument, as torch defines it for complex ones."""
+    if reverse:
+        found = linear_scan_gradients(grad[:, ::-1], a[:, ::-1], x[:, ::-1], initial_state)
+        return {name: g if name == "initial_state" else g[:, ::-1] for name, g in found.items()}
+    first = np.zeros_like(x[:, :1].sum(1)) if initial_state is None else initial_state
+    h = linear_scan(a, x, first)
+    grads = {"a": np.zeros_like(h), "x": np.zeros_like(h), "initial_state": np.zeros_like(h[:, :1].sum(1))}
+    for t in range(x.shape[1]):  # what h_t sends back to the inputs, factors and state before it
+        through = grad[:, t]
+        for s in range(t, -1, -1):
+            grads["x"][:, s] += through
+            grads["a"][:, s] += through * np.conj(first if s == 0 else h[:, s - 1])
+            through = through * np.conj(a[:, s])
+        grads["initial_state"] += through
+    return grads

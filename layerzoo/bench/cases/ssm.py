@@ -297,6 +297,39 @@ def _update_cost(shape: Shape, inputs: Tensors, heads: bool) -> Cost:
     )
 
 
+# ---- linear_scan ----
+
+
+def _recurrence_inputs(shape: Shape, time_last: bool = False) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    batch, length, channels = shape["B"], shape["L"], shape["D"]
+
+    def sequence() -> Tensor:
+        if time_last:
+            return torch.randn(batch, channels, length, generator=generator).mT
+        return torch.randn(batch, length, channels, generator=generator)
+
+    return {"a": sequence().sigmoid_(), "x": sequence(), "grad_out": sequence()}
+
+
+def _recurrence_ours(inputs: Tensors) -> Work:
+    leaves: Any = _leaves(inputs)
+    return Work(lambda: ops.linear_scan(**leaves), leaves, inputs["grad_out"])
+
+
+def _recurrence_loop(inputs: Tensors, dtype: torch.dtype | None = None) -> Work:
+    leaves: Any = _leaves(inputs, dtype)
+    return Work(lambda: reference.ssm.linear_scan(**leaves), leaves, inputs["grad_out"].to(dtype))
+
+
+def _recurrence_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
+    """A multiply-add forward; backward the recurrence again and a product, from a, h and the gradient."""
+    steps, a, x = shape["B"] * shape["D"] * shape["L"], inputs["a"].nbytes, inputs["x"].nbytes
+    if not backward:
+        return Cost(read=a + x, written=x, flops=2 * steps)
+    return Cost(read=2 * a + 3 * x, written=a + 2 * x, flops=5 * steps)
+
+
 # ---- transformers' Mamba block ----
 
 
@@ -506,6 +539,23 @@ def _update_case(heads: bool) -> Case:
     )
 
 
+def _recurrence_case(layout: str, backward: bool) -> Case:
+    return Case(
+        "ssm.linear_scan",
+        layout,
+        "forward+backward" if backward else "forward",
+        shape={"B": 4, "L": 4096, "D": 1024},
+        check={"B": 2, "L": 70, "D": 24},
+        inputs=partial(_recurrence_inputs, time_last=layout == "time-last"),
+        ours=Candidate("layerzoo", _recurrence_ours),
+        reference=Candidate("reference", partial(_recurrence_loop, dtype=torch.float64)),
+        peers=(Candidate("torch loop", _recurrence_loop, full=backward),),
+        dtypes=DTYPES,
+        elements=("B", "L", "D"),
+        cost=partial(_recurrence_cost, backward=backward),
+    )
+
+
 def _block_case(length: int, backward: bool, loop: Candidate, targets: tuple[Target, ...] = ()) -> Case:
     return Case(
         "ssm.mamba_block",
@@ -550,6 +600,7 @@ CASES = (
     *(_scan_case(layout, backward) for layout in LAYOUTS for backward in (False, True)),
     *(_ssd_case(backward) for backward in (False, True)),
     *(_conv_case(layout, backward) for layout in LAYOUTS for backward in (False, True)),
+    *(_recurrence_case(layout, backward) for layout in LAYOUTS for backward in (False, True)),
     _update_case(heads=True),
     _update_case(heads=False),
     _block_case(1024, False, LOOP, (Target("x transformers", at_least=6), Target("x mambapy", at_least=6))),
