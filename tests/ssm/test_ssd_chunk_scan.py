@@ -374,6 +374,7 @@ def test_no_decay_is_exactly_no_decay() -> None:
     assert torch.equal(out, x.cumsum(1))
 
 
+@pytest.mark.native
 def test_a_long_memory() -> None:
     arguments = ssd_arguments(1, 20000, 1, 8, 2, leave_out=OPTIONAL, softplus=False)
     arguments["dt"] = torch.full((1, 20000, 1), 1e-3)
