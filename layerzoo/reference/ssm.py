@@ -540,8 +540,9 @@ def linear_scan_backward(
         [h[:, 1:].to(acc), first.unsqueeze(1)] if reverse else [first.unsqueeze(1), h[:, :-1].to(acc)], 1
     )
     lam, carry = torch.zeros_like(h, dtype=acc), torch.zeros_like(first)
+    # conj_physical: within a compiled graph the mark that conj leaves on a tensor is not looked at
     for t in range(h.shape[1]) if reverse else range(h.shape[1] - 1, -1, -1):
         lam[:, t] = grad[:, t].to(acc) + carry
-        carry = a[:, t].to(acc).conj() * lam[:, t]
-    grad_a = (lam * before[:, : h.shape[1]].conj()).to(a.dtype)
+        carry = a[:, t].to(acc).conj_physical() * lam[:, t]
+    grad_a = (lam * before[:, : h.shape[1]].conj_physical()).to(a.dtype)
     return grad_a, lam.to(h.dtype), None if initial_state is None else carry.to(initial_state.dtype)
