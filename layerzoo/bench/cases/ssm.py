@@ -64,7 +64,8 @@ def _scan_reference(inputs: Tensors) -> Work:
     return Work(lambda: scan(**leaves, delta_softplus=True)[0], leaves, inputs["grad_out"].double())
 
 
-def _scan_transformers(inputs: Tensors, scan: Any) -> Work:
+def _scan_function(inputs: Tensors, scan: Any) -> Work:
+    """A function with mamba-ssm's arguments."""
     leaves: Any = _leaves(inputs)
     rest = {name: leaves[name] for name in ("A", "B", "C", "D", "z", "delta_bias")}
     return Work(lambda: scan(leaves["u"], leaves["delta"], **rest, delta_softplus=True), leaves, inputs["grad_out"])
@@ -200,6 +201,12 @@ def _conv_inputs(shape: Shape, channel_last: bool = False) -> Tensors:
 def _conv_ours(inputs: Tensors) -> Work:
     leaves: Any = _leaves(inputs)
     conv: Any = ops.causal_conv1d
+    return Work(lambda: conv(**leaves, activation="silu"), leaves, inputs["grad_out"])
+
+
+def _conv_function(inputs: Tensors, conv: Any) -> Work:
+    """A function with causal-conv1d's arguments."""
+    leaves: Any = _leaves(inputs)
     return Work(lambda: conv(**leaves, activation="silu"), leaves, inputs["grad_out"])
 
 
@@ -456,10 +463,9 @@ ACCELERATED = "layerzoo.accelerate"
 
 
 def _scan_case(layout: str, backward: bool) -> Case:
-    loop = Candidate(
-        "transformers", _scan_transformers, "transformers.models.mamba.modeling_mamba:mamba_selective_scan"
-    )
+    loop = Candidate("transformers", _scan_function, "transformers.models.mamba.modeling_mamba:mamba_selective_scan")
     mambapy = Candidate("mambapy", _scan_mambapy, "mambapy.mamba:MambaBlock.selective_scan")
+    cuda = Candidate("mamba-ssm", _scan_function, "mamba_ssm.ops.selective_scan_interface:selective_scan_fn")
     targets = (Target("ns/element", at_most=0.55 if backward else 0.20),)
     return Case(
         "ssm.selective_scan",
@@ -470,7 +476,7 @@ def _scan_case(layout: str, backward: bool) -> Case:
         inputs=partial(_scan_inputs, channel_last=layout == "channel-last"),
         ours=Candidate("layerzoo", _scan_ours),
         reference=Candidate("reference", _scan_reference),
-        peers=(mambapy,) if backward else (loop, mambapy),  # backward of the loop would take a quarter of an hour
+        peers=(mambapy, cuda) if backward else (loop, mambapy, cuda),  # the loop takes a quarter of an hour
         dtypes=DTYPES,
         wide=("A", "D", "delta_bias"),
         elements=("B", "D", "L", "N"),
@@ -511,7 +517,10 @@ def _conv_case(layout: str, backward: bool) -> Case:
         inputs=partial(_conv_inputs, channel_last=layout == "channel-last"),
         ours=Candidate("layerzoo", _conv_ours),
         reference=Candidate("reference", _conv_reference),
-        peers=(Candidate("torch", _conv_plain),),
+        peers=(
+            Candidate("torch", _conv_plain),
+            Candidate("causal-conv1d", _conv_function, "causal_conv1d:causal_conv1d_fn"),
+        ),
         dtypes=DTYPES,
         devices=("cpu", "cuda"),
         elements=("B", "D", "L"),
