@@ -80,7 +80,6 @@ def test_a_malformed_environment_is_a_message(monkeypatch: pytest.MonkeyPatch) -
 def test_light_commands_import_nothing_heavy(command: str) -> None:
     code = f"""
 import sys
-from layerzoo import _native
 from layerzoo.cli import app
 app({command.split()}, standalone_mode=False)
 heavy = {{"torch", "transformers", "numpy", "layerzoo_language"}} & sys.modules.keys()
