@@ -55,6 +55,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     try:
-        sys.exit(main(Path(__file__).parents[1], parser.parse_args().check))
+        sys.exit(main(Path(__file__).parents[1], parser.parse_args().check) or None)
     except ValueError as error:
         sys.exit(str(error))
