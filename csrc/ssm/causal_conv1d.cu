@@ -1,4 +1,4 @@
-// layerzoo::causal_conv1d on CUDA. Shapes and types were checked in layerzoo/ops/ssm.py; what is checked again here is
+// layerzoo::causal_conv1d on CUDA. Shapes and types were checked in layerzoo/ops/ssm; what is checked again here is
 // what would let a direct call of the op read outside its tensors. seq_idx is taken as it comes: its values are not
 // looked at on the host, which would cost a synchronisation.
 #include <torch/csrc/stable/accelerator.h>

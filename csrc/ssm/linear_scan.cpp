@@ -1,5 +1,5 @@
 // The linear recurrence's CPU op: checks, allocation, strides; the work is in linear_scan.cpu.cpp. Schemas and the
-// checks that users see are in layerzoo/ops/ssm.py.
+// checks that users see are in layerzoo/ops/ssm.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

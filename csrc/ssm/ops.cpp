@@ -1,5 +1,5 @@
 // The family's CPU ops over whole sequences: checks of values, allocation, strides; the work is in the kernels. Schemas
-// and the checks that users see are in layerzoo/ops/ssm.py; the ops that work in place are in update_ops.cpp.
+// and the checks that users see are in layerzoo/ops/ssm; the ops that work in place are in update_ops.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEX = (torch.complex64, torch.complex128)
 INTEGER = (torch.int32, torch.int64)
 
 
