@@ -18,6 +18,8 @@ extern "C" __attribute__((visibility("default"))) const layerzoo::Kernels* layer
                                            selective_scan_backward,
                                            causal_conv1d_scratch,
                                            causal_conv1d,
+                                           causal_conv1d_rows_scratch,
+                                           causal_conv1d_rows,
                                            causal_conv1d_backward,
                                            causal_conv1d_update,
                                            selective_state_update,

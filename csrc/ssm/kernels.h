@@ -65,6 +65,10 @@ struct SumArgs {
   Operand out;  // contiguous, `size` elements
 };
 
+// A task where channels lie together: a block of rows, long enough for its start to be cheap, of as many channels as a
+// page holds.
+constexpr int kConvRowSteps = 64, kConvRowChannels = 1024;
+
 struct ConvArgs {
   bool f64, silu;
   int64_t b, d, l, w;
@@ -78,6 +82,8 @@ struct ConvArgs {
   const int64_t* positions;   // (b), below state_length: the state is a ring, written from there on; null: it is moved
 
   int64_t tasks() const { return b * ((d + 15) / 16); }
+  int64_t row_blocks() const { return l > 0 ? (l + kConvRowSteps - 1) / kConvRowSteps : 1; }
+  int64_t row_tasks() const { return b * row_blocks() * ((d + kConvRowChannels - 1) / kConvRowChannels); }
 };
 
 struct ConvGradArgs : ConvArgs {  // `out`, `final_state` unused
@@ -184,6 +190,8 @@ struct SsmKernels {
   void (*selective_scan_backward)(const ScanGradArgs&, void* scratch, int64_t begin, int64_t end);
   int64_t (*causal_conv1d_scratch)(const ConvArgs&);
   void (*causal_conv1d)(const ConvArgs&, void* scratch, int64_t begin, int64_t end);
+  int64_t (*causal_conv1d_rows_scratch)(const ConvArgs&);  // forward, channels together, not packed
+  void (*causal_conv1d_rows)(const ConvArgs&, void* scratch, int64_t begin, int64_t end);  // tasks: row_tasks
   void (*causal_conv1d_backward)(const ConvGradArgs&, void* scratch, int64_t begin, int64_t end);
   void (*causal_conv1d_update)(const ConvArgs&, void* scratch, int64_t begin, int64_t end);
   void (*selective_state_update)(const StateUpdateArgs&, int64_t begin, int64_t end);
@@ -213,6 +221,8 @@ int64_t selective_scan_backward_scratch(const ScanGradArgs&);
 void selective_scan_backward(const ScanGradArgs&, void*, int64_t, int64_t);
 int64_t causal_conv1d_scratch(const ConvArgs&);
 void causal_conv1d(const ConvArgs&, void*, int64_t, int64_t);
+int64_t causal_conv1d_rows_scratch(const ConvArgs&);
+void causal_conv1d_rows(const ConvArgs&, void*, int64_t, int64_t);
 void causal_conv1d_backward(const ConvGradArgs&, void*, int64_t, int64_t);
 void causal_conv1d_update(const ConvArgs&, void*, int64_t, int64_t);
 void selective_state_update(const StateUpdateArgs&, int64_t, int64_t);

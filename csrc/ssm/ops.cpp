@@ -198,6 +198,8 @@ Args conv_args(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 
 double conv_work(const ConvArgs& a, double passes) { return passes * 16 * static_cast<double>(a.l * (a.w + 4)) * 0.2; }
 
+constexpr int64_t kLeastRow = 16;  // channels that are worth reading as a row
+
 std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight_, const OptionalTensor& bias_,
                                          const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
                                          bool silu) {
@@ -214,8 +216,13 @@ std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight_,
          final_state = torch::stable::new_empty(x, {a.b, a.d, a.w - 1});
   a.out = operand(out, "out"), a.final_state = operand(final_state, "final_states");
   const SsmKernels& k = kernels().ssm;
-  parallel_with_scratch(a.tasks(), conv_work(a, 1), k.causal_conv1d_scratch(a),
-                        [&](void* scratch, int64_t begin, int64_t end) { k.causal_conv1d(a, scratch, begin, end); });
+  if (a.x.channel == 1 && a.out.channel == 1 && a.d >= kLeastRow && !seq_idx)
+    parallel_with_scratch(
+        a.row_tasks(), conv_work(a, 1) * a.tasks() / a.row_tasks(), k.causal_conv1d_rows_scratch(a),
+        [&](void* scratch, int64_t begin, int64_t end) { k.causal_conv1d_rows(a, scratch, begin, end); });
+  else
+    parallel_with_scratch(a.tasks(), conv_work(a, 1), k.causal_conv1d_scratch(a),
+                          [&](void* scratch, int64_t begin, int64_t end) { k.causal_conv1d(a, scratch, begin, end); });
   return {out, final_state};
 }
 

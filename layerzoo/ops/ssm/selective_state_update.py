@@ -1,5 +1,7 @@
 """One step of the scans of Mamba and Mamba-2, in place on a state."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
