@@ -108,6 +108,10 @@ void conv(const ConvArgs& a, void* scratch, int64_t begin, int64_t end) {
       for (int64_t t0 = 0; t0 < a.l; t0 += K) {
         const int steps = static_cast<int>(a.l - t0 < K ? a.l - t0 : K);
         load_tile<S>(a.x, block.b, block.d0, t0, block.channels, steps, x + halo * W);
+        const int next = static_cast<int>(a.l - t0 - steps < K ? a.l - t0 - steps : K);
+        const Ahead read = next > 0 ? Ahead::tile<S>(a.x, block.b, block.d0, t0 + steps, next) : Ahead{};
+        const Ahead written = Ahead::tile<S>(a.out, block.b, block.d0, t0, steps);
+        for (int t = 0; t < steps; ++t) read.fetch(t), written.fetch(t);
         block.convolve(a, weight, x, t0, steps, out);
         if (a.silu) silu<S>(steps, out);
         block.zero_padding(t0, steps, out);

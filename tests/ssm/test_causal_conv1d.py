@@ -77,6 +77,18 @@ def test_layouts(layout: str, dtype: torch.dtype, channels: int) -> None:
     check(conv_arguments(2, channels, 67, 4, dtype=dtype, layouts=(layout,)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [0, 1, 2, 64, 65, 130])  # blocks of 64 steps
+@pytest.mark.parametrize("width", [1, 3, 4, 6])
+@pytest.mark.parametrize("layout", ["channel-last", "chunk"])
+def test_rows(layout: str, width: int, length: int, dtype: torch.dtype) -> None:
+    check(conv_arguments(2, 21, length, width, leave_out=("seq_idx",), dtype=dtype, layouts=(layout,)))
+
+
+def test_long_rows() -> None:
+    check(conv_arguments(1, 1033, 67, 4, leave_out=("seq_idx",), layouts=("channel-last",)))
+
+
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(dtype: torch.dtype, other: torch.dtype) -> None:
