@@ -85,7 +85,7 @@ clean:
 	touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml setup.py
-	LAYERZOO_NATIVE=0 $(BIN)/pip install -q --no-build-isolation -e .[dev,transformers,bench] transformers==$(TRANSFORMERS)
+	LAYERZOO_NATIVE=0 $(BIN)/pip install -q --no-build-isolation -e .[dev,transformers,vision,bench] transformers==$(TRANSFORMERS)
 	touch $@
 
 .venv/.built: .venv/.installed $(SOURCES)

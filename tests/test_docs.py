@@ -103,7 +103,7 @@ def test_every_environment_variable_is_in_the_readme() -> None:
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_every_argument_is_on_the_page_of_the_family(op: str) -> None:
-    page = TEXTS[f"docs/{getattr(ops, op).__module__.rpartition('.')[2]}.md"]
+    page = TEXTS[f"docs/{getattr(ops, op).__module__.split('.')[2]}.md"]
     assert f"\n### `{op}`\n" in page
     section = re.split(r"\n##+ ", page.partition(f"\n### `{op}`\n")[2])[0]
     rows = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)

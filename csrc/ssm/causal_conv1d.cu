@@ -58,7 +58,8 @@ Operand real_operand(const char* name, const Tensor& x, const Tensor& like, cons
 
 std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                          const std::optional<Tensor>& seq_idx,
-                                         const std::optional<Tensor>& initial_states, bool silu) {
+                                         const std::optional<Tensor>& initial_states, bool silu, bool reverse) {
+  STD_TORCH_CHECK(!reverse, "causal_conv1d: reverse must be false on CUDA, where its caller turns the arguments round");
   STD_TORCH_CHECK(x.dim() == 3, "causal_conv1d: x must have 3 dimensions, got ", x.dim());
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) > 0, "causal_conv1d: weight must be (dim, width) with width > 0");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

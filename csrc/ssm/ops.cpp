@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -184,16 +185,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }
 
 template <class Args>
-Args conv_args(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu) {
+Args conv_args(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu, bool reverse) {
   Args a{};
   a.f64 = accumulate_type(x) == ScalarType::Double, a.silu = silu;
   a.b = x.size(0), a.d = x.size(1), a.l = x.size(2), a.w = weight.size(1);
   check_shape(weight, "weight", {a.d, a.w});
   check_shape(bias, "bias", {a.d});
   STD_TORCH_CHECK(a.w > 0, "causal_conv1d: weight must have at least one tap");
-  a.x = operand(x, "x");
+  a.x = operand(x, "x", reverse);
   a.weight = weight.data_ptr(), a.bias = data_or_null(bias);
   return a;
+}
+
+// The ids of seq_idx in the order of the convolution.
+std::vector<int64_t> conv_ids(const OptionalTensor& seq_idx, int64_t b, int64_t l, bool reverse) {
+  std::vector<int64_t> ids = sequence_marks(seq_idx, "causal_conv1d", b, l);
+  for (int64_t i = 0; reverse && seq_idx && i < b; ++i) std::reverse(ids.begin() + i * l, ids.begin() + (i + 1) * l);
+  return ids;
 }
 
 double conv_work(const ConvArgs& a, double passes) { return passes * 16 * static_cast<double>(a.l * (a.w + 4)) * 0.2; }
@@ -201,20 +209,20 @@ double conv_work(const ConvArgs& a, double passes) { return passes * 16 * static
 constexpr int64_t kLeastRow = 16;  // channels that are worth reading as a row
 
 std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight_, const OptionalTensor& bias_,
-                                         const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
-                                         bool silu) {
+                                         const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu,
+                                         bool reverse) {
   ++conv_calls;
   const ScalarType type = accumulate_type(x);
   const Tensor weight = contiguous_as(weight_, type);
   const OptionalTensor bias = contiguous_as(bias_, type);
-  auto a = conv_args<ConvArgs>(x, weight, bias, silu);
+  auto a = conv_args<ConvArgs>(x, weight, bias, silu, reverse);
   check_shape(initial_states, "initial_states", {a.b, a.d, a.w - 1});
-  const std::vector<int64_t> ids = sequence_marks(seq_idx, "causal_conv1d", a.b, a.l);
+  const std::vector<int64_t> ids = conv_ids(seq_idx, a.b, a.l, reverse);
   a.seq_idx = seq_idx ? ids.data() : nullptr;
-  a.initial = operand(initial_states, "initial_states");
+  a.initial = operand(initial_states, "initial_states", reverse);
   Tensor out = in_large_pages(torch::stable::empty_like(x)),
          final_state = torch::stable::new_empty(x, {a.b, a.d, a.w - 1});
-  a.out = operand(out, "out"), a.final_state = operand(final_state, "final_states");
+  a.out = operand(out, "out", reverse), a.final_state = operand(final_state, "final_states", reverse);
   const SsmKernels& k = kernels().ssm;
   if (a.x.channel == 1 && a.out.channel == 1 && a.d >= kLeastRow && !seq_idx)
     parallel_with_scratch(
@@ -230,25 +238,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& 
                                                                   const OptionalTensor& grad_final, const Tensor& x,
                                                                   const Tensor& weight_, const OptionalTensor& bias_,
                                                                   const OptionalTensor& seq_idx,
-                                                                  const OptionalTensor& initial_states, bool silu) {
+                                                                  const OptionalTensor& initial_states, bool silu,
+                                                                  bool reverse) {
   ++conv_backward_calls;
   const ScalarType type = accumulate_type(x);
   const Tensor weight = contiguous_as(weight_, type);
   const OptionalTensor bias = contiguous_as(bias_, type);
-  auto a = conv_args<ConvGradArgs>(x, weight, bias, silu);
+  auto a = conv_args<ConvGradArgs>(x, weight, bias, silu, reverse);
   check_shape(grad_out, "grad_out", {a.b, a.d, a.l});
   check_shape(initial_states, "initial_states", {a.b, a.d, a.w - 1});
   check_shape(grad_final, "grad_final_states", {a.b, a.d, a.w - 1});
-  const std::vector<int64_t> ids = sequence_marks(seq_idx, "causal_conv1d", a.b, a.l);
+  const std::vector<int64_t> ids = conv_ids(seq_idx, a.b, a.l, reverse);
   a.seq_idx = seq_idx ? ids.data() : nullptr;
-  a.initial = operand(initial_states, "initial_states");
+  a.initial = operand(initial_states, "initial_states", reverse);
   Tensor grad_x = in_large_pages(torch::stable::empty_like(x));
   Tensor grad_initial = initial_states ? torch::stable::empty_like(*initial_states) : torch::stable::new_empty(x, {0});
   Tensor part_weight = torch::stable::new_empty(x, {a.b, a.d, a.w}, type);
   Tensor part_bias = torch::stable::new_empty(x, {a.b, a.d}, type);
-  a.grad_out = operand(grad_out, "grad_out"), a.grad_x = operand(grad_x, "grad_x");
-  a.grad_final = operand(grad_final, "grad_final_states");
-  if (initial_states) a.grad_initial = operand(grad_initial, "grad_initial_states");
+  a.grad_out = operand(grad_out, "grad_out", reverse), a.grad_x = operand(grad_x, "grad_x", reverse);
+  a.grad_final = operand(grad_final, "grad_final_states", reverse);
+  if (initial_states) a.grad_initial = operand(grad_initial, "grad_initial_states", reverse);
   a.grad_weight = part_weight.data_ptr(), a.grad_bias = part_bias.data_ptr();
   const SsmKernels& k = kernels().ssm;
   parallel_with_scratch(

@@ -5,6 +5,8 @@ from layerzoo.ops.linear import skinny_linear
 from layerzoo.ops.ssm import (
     causal_conv1d,
     causal_conv1d_update,
+    cross_merge,
+    cross_scan,
     linear_scan,
     s4d_kernel,
     selective_scan,
@@ -18,6 +20,8 @@ _native.status()  # loads the kernels, or says under LAYERZOO_NATIVE=require why
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "cross_merge",
+    "cross_scan",
     "linear_scan",
     "s4d_kernel",
     "selective_scan",

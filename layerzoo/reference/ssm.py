@@ -227,9 +227,16 @@ def causal_conv1d(
     seq_idx: Tensor | None = None,
     initial_states: Tensor | None = None,
     silu: bool = False,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """out_t = act(bias + sum_k weight_k x_{t-w+1+k}), depthwise. Returns (out (b, d, l), the last w - 1 inputs)."""
+    """out_t = act(bias + sum_k weight_k x_{t-w+1+k}), depthwise. Returns (out (b, d, l), the last w - 1 inputs).
+
+    `reverse`: the same with time turned round, in arguments and results.
+    """
     check_values("causal_conv1d", None, seq_idx)
+    if reverse:
+        x = x.flip(2)
+        seq_idx, initial_states = (None if t is None else t.flip(-1) for t in (seq_idx, initial_states))
     acc, width = accumulate_dtype(x), weight.shape[1]
     wide = x.to(acc)
     reads, _ = _taps(wide, seq_idx, initial_states, width)
@@ -238,7 +245,8 @@ def causal_conv1d(
     if seq_idx is not None:
         out = out * (seq_idx >= 0).unsqueeze(1)
     halo = x.new_zeros(*x.shape[:2], width - 1) if initial_states is None else initial_states.to(x.dtype)
-    return out.to(x.dtype), torch.cat([halo, x], 2)[:, :, x.shape[2] :].clone()
+    final = torch.cat([halo, x], 2)[:, :, x.shape[2] :].clone()
+    return (out.to(x.dtype).flip(2), final.flip(2)) if reverse else (out.to(x.dtype), final)
 
 
 def causal_conv1d_backward(
@@ -250,8 +258,14 @@ def causal_conv1d_backward(
     seq_idx: Tensor | None,
     initial_states: Tensor | None,
     silu: bool,
+    reverse: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, initial_states; None for what is None."""
+    if reverse:
+        grad_out, x = grad_out.flip(2), x.flip(2)
+        grad_final, seq_idx, initial_states = (
+            None if t is None else t.flip(-1) for t in (grad_final, seq_idx, initial_states)
+        )
     acc, width, length = accumulate_dtype(x), weight.shape[1], x.shape[2]
     reads, counts = _taps(x.to(acc), seq_idx, initial_states, width)
     grad = _blank_padding(grad_out, seq_idx).to(acc)
@@ -265,11 +279,14 @@ def causal_conv1d_backward(
         inputs[:, :, k : k + length] += each[..., k]
     if grad_final is not None:
         inputs[:, :, length:] += grad_final.to(acc)
+    grad_initial, grad_x = inputs[:, :, : width - 1], inputs[:, :, width - 1 :]
+    if reverse:
+        grad_initial, grad_x = grad_initial.flip(2), grad_x.flip(2)
     return (
-        inputs[:, :, width - 1 :].to(x.dtype),
+        grad_x.to(x.dtype),
         (grad.unsqueeze(3) * reads).sum((0, 2)).to(weight.dtype),
         None if bias is None else grad.sum((0, 2)).to(bias.dtype),
-        None if initial_states is None else inputs[:, :, : width - 1].to(initial_states.dtype),
+        None if initial_states is None else grad_initial.to(initial_states.dtype),
     )
 
 

@@ -108,12 +108,14 @@ def conv_arguments(
     *,
     leave_out: tuple[str, ...] = (),
     activation: str | None = "silu",
+    reverse: bool | None = None,
     dtype: torch.dtype = torch.float32,
     parameters: torch.dtype | None = None,
     layouts: tuple[str, ...] = ("time-last",),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of causal_conv1d; `parameters` is the type of all but x, else x's or at least float32."""
+    """Arguments of causal_conv1d; `parameters` is the type of all but x, else x's or at least float32; without
+    `reverse` (None) they are those of the one-step op too."""
     torch.manual_seed(seed)
     kind = parameters or torch.promote_types(dtype, torch.float32)
     tensors = {
@@ -124,7 +126,8 @@ def conv_arguments(
         "initial_states": torch.randn(batch, channels, width - 1).to(kind),
     }
     laid = {name: lay_out(x, layouts[i % len(layouts)]) for i, (name, x) in enumerate(tensors.items())}
-    return {name: x for name, x in laid.items() if name not in leave_out} | {"activation": activation}
+    chosen = {"activation": activation} | ({} if reverse is None else {"reverse": reverse})
+    return {name: x for name, x in laid.items() if name not in leave_out} | chosen
 
 
 def ssd_arguments(

@@ -295,8 +295,13 @@ def causal_conv1d(
     seq_idx: NDArray[np.int64] | None = None,
     initial_states: Array | None = None,
     silu: bool = False,
+    reverse: bool = False,
 ) -> tuple[Array, Array]:
-    """(out (b, d, l), the last w - 1 inputs (b, d, w - 1))."""
+    """(out (b, d, l), the last w - 1 inputs (b, d, w - 1)); `reverse` turns time round, in arguments and results."""
+    if reverse:
+        x, ids, initial = (None if t is None else t[..., ::-1] for t in (x, seq_idx, initial_states))
+        out, final = causal_conv1d(x, weight, bias, ids, initial, silu)
+        return out[..., ::-1], final[..., ::-1]
     batch, _, length = x.shape
     halo = weight.shape[1] - 1
     out, final = np.zeros_like(x), np.zeros((*x.shape[:2], halo))
@@ -323,8 +328,13 @@ def causal_conv1d_gradients(
     seq_idx: NDArray[np.int64] | None = None,
     initial_states: Array | None = None,
     silu: bool = False,
+    reverse: bool = False,
 ) -> dict[str, Array]:
     """The gradient of sum(grad_out out) + sum(grad_final final) by argument; bias, initial_states are always there."""
+    if reverse:
+        turned = [None if t is None else t[..., ::-1] for t in (grad_out, grad_final, x, seq_idx, initial_states)]
+        found = causal_conv1d_gradients(*turned[:3], weight, bias, *turned[3:], silu)
+        return {name: grad[..., ::-1] if name in ("x", "initial_states") else grad for name, grad in found.items()}
     batch, channels, length = x.shape
     halo = weight.shape[1] - 1
     inputs = np.zeros((batch, channels, halo + length))  # initial_states, then x

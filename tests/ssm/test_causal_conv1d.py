@@ -64,10 +64,20 @@ def test_widths(width: int, activation: str | None, dtype: torch.dtype) -> None:
     check(conv_arguments(2, 9, 71, width, activation=activation, dtype=dtype))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("width", [2, 4, 7])
 @pytest.mark.parametrize("leave_out", [(), *((name,) for name in OPTIONAL), OPTIONAL], ids="+".join)
-def test_optional_arguments(leave_out: tuple[str, ...], width: int) -> None:
-    check(conv_arguments(2, 9, 41, width, leave_out=leave_out))
+def test_optional_arguments(leave_out: tuple[str, ...], width: int, reverse: bool) -> None:
+    check(conv_arguments(2, 9, 41, width, leave_out=leave_out, reverse=reverse))
+
+
+def test_reverse_looks_ahead() -> None:
+    x, weight = torch.randn(2, 5, 9), torch.randn(5, 3)
+    out, final = causal_conv1d(x, weight, reverse=True, return_final_states=True)
+    ahead = torch.nn.functional.pad(x, (0, 2))
+    want = sum(weight[:, k, None] * ahead[:, :, 2 - k : 11 - k] for k in range(3))
+    assert_close("out", out, want, 1e-6)
+    assert torch.equal(final, x[:, :, :2])
 
 
 @pytest.mark.parametrize("channels", [24, 37])  # whole vectors, and not
@@ -104,6 +114,7 @@ def any_arguments(draw: st.DrawFn) -> dict[str, Any]:
         draw(st.sampled_from([1, 2, 3, 4, 5, 37])),
         leave_out=tuple(draw(st.sets(st.sampled_from(OPTIONAL)))),
         activation=draw(st.sampled_from([None, "silu"])),
+        reverse=draw(st.booleans()),
         dtype=draw(st.sampled_from(DTYPES)),
         layouts=tuple(draw(st.permutations(LAYOUTS))),
         seed=draw(st.integers(0, 99)),

@@ -18,7 +18,7 @@ from .inputs import conv_arguments, leaves, scan_arguments
 from .oracle import assert_close
 
 SCAN = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state", "seq_idx", "reverse")
-CONV = ("x", "weight", "bias", "seq_idx", "initial_states", "silu")
+CONV = ("x", "weight", "bias", "seq_idx", "initial_states", "silu", "reverse")
 
 
 def scan_positions(arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -26,7 +26,7 @@ def scan_positions(arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def conv_positions(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    arguments = arguments | {"silu": arguments["activation"] is not None}
+    arguments = {"reverse": False} | arguments | {"silu": arguments["activation"] is not None}
     return tuple(arguments.get(name) for name in CONV)
 
 
@@ -38,7 +38,7 @@ def op_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     )
     empty = scan_arguments(2, 6, 0, 3, layouts=("channel-last",))
     conv = conv_arguments(2, 6, 5, 4, layouts=("chunk", "gaps"))
-    bare = conv_arguments(2, 6, 5, 3, leave_out=("bias", "seq_idx", "initial_states"), activation=None)
+    bare = conv_arguments(2, 6, 5, 3, leave_out=("bias", "seq_idx", "initial_states"), activation=None, reverse=True)
 
     def scan_backward(arguments: dict[str, Any], grad_last: Tensor | None) -> tuple[Any, ...]:
         inputs = scan_positions(arguments)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from layerzoo import ops, reference
 from layerzoo.bench.case import Candidate, Case, Cost, Shape, Target, Work
+from layerzoo.bench.cases.ssm_images import CASES as IMAGES
 from layerzoo.reference.ssm import CHUNK
 
 Tensors = dict[str, Tensor]
@@ -623,4 +624,5 @@ CASES = (
     _model_case(128, decode=False),
     _model_case(512, decode=False, targets=(Target("x transformers", at_least=6),)),
     _model_case(16, decode=True, targets=(Target("x transformers", at_least=3),)),
+    *IMAGES,
 )

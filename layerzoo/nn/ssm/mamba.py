@@ -5,7 +5,6 @@ parameter names and state_dict are those of mamba-ssm's `Mamba`, so that its che
 and the state are float32 whatever the type of the layer.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from layerzoo.nn.linear import Linear
 from layerzoo.nn.ssm.cache import Cache, cache_of, move_on
+from layerzoo.nn.ssm.selection import StepInit, check_sizes, decay, rank_of, reset_scan
 from layerzoo.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 from layerzoo.ops.linear import linear
 
@@ -53,19 +53,13 @@ class Mamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": rank}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"Mamba: {name} must be at least 1, got {size}")
-        if dt_init not in ("random", "constant"):
-            raise ValueError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"Mamba: dt_min and dt_max must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        rank = rank_of(dt_rank, d_model)
+        check_sizes("Mamba", d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=rank)
+        self._dt_init = StepInit(dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+        self._dt_init.check("Mamba")
         self.d_model, self.d_state, self.d_conv, self.expand, self.dt_rank = d_model, d_state, d_conv, expand, rank
         self.d_inner = expand * d_model
         self.layer_idx = layer_idx
-        self._dt_init = (dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         full: dict[str, Any] = {"device": device, "dtype": torch.float32}
 
@@ -81,26 +75,13 @@ class Mamba(nn.Module):
         # Marks that training code written for mamba-ssm looks for.
         self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
-        self._reset_scan_parameters()
+        reset_scan(self._dt_init, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D)
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew."""
         for layer in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
             layer.reset_parameters()
-        self._reset_scan_parameters()
-
-    @torch.no_grad()
-    def _reset_scan_parameters(self) -> None:
-        init, scale, low, high, floor = self._dt_init
-        bound = self.dt_rank**-0.5 * scale
-        if init == "constant":
-            self.dt_proj.weight.fill_(bound)
-        else:
-            self.dt_proj.weight.uniform_(-bound, bound)
-        dt = torch.empty_like(self.D).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
-        self.D.fill_(1.0)
+        reset_scan(self._dt_init, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"
@@ -140,7 +121,7 @@ class Mamba(nn.Module):
         y, state = selective_scan(
             x,
             delta.transpose(1, 2),
-            self._decay(),
+            decay(self.A_log),
             B.transpose(1, 2),
             C.transpose(1, 2),
             self.D,
@@ -160,10 +141,6 @@ class Mamba(nn.Module):
         low, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return linear(low, self.dt_proj.weight), B, C
 
-    def _decay(self) -> Tensor:
-        """A (d_inner, d_state), in float32 or wider."""
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token, (batch, 1, d_model), with the states (changed in place, and returned)."""
         if hidden_states.shape[1] != 1:
@@ -172,7 +149,7 @@ class Mamba(nn.Module):
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         delta, B, C = self._select(x)
         y = selective_state_update(
-            ssm_state, x, delta, self._decay(), B, C, self.D, z, self.dt_proj.bias, dt_softplus=True
+            ssm_state, x, delta, decay(self.A_log), B, C, self.D, z, self.dt_proj.bias, dt_softplus=True
         )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 

@@ -7,6 +7,7 @@ are read as they are.
 """
 
 from layerzoo.ops.ssm.causal_conv1d import causal_conv1d, causal_conv1d_update
+from layerzoo.ops.ssm.cross_scan import cross_merge, cross_scan
 from layerzoo.ops.ssm.linear_scan import linear_scan
 from layerzoo.ops.ssm.s4d_kernel import s4d_kernel
 from layerzoo.ops.ssm.selective_scan import selective_scan
@@ -17,6 +18,8 @@ from layerzoo.ops.ssm.ssd_chunk_scan import ssd_chunk_scan
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "cross_merge",
+    "cross_scan",
     "linear_scan",
     "s4d_kernel",
     "selective_scan",

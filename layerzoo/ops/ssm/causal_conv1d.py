@@ -45,7 +45,7 @@ def _conv_backward_fake(
     bias: Tensor | None,
     seq_idx: Tensor | None,
     initial: Tensor | None,
-    silu: bool,
+    *args: Any,
 ) -> tuple[Tensor, ...]:
     return or_empty(
         x,
@@ -59,7 +59,9 @@ def _conv_backward_fake(
     )
 
 
-_CONV_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, bool silu"
+_CONV_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, bool silu, bool reverse=False"
+)
 
 _conv_backward = define(
     f"causal_conv1d_backward(Tensor grad_out, Tensor? grad_final_states, {_CONV_INPUTS})"
@@ -70,7 +72,7 @@ _conv_backward = define(
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.silu = inputs
+    *tensors, ctx.silu, ctx.reverse = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -78,11 +80,13 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 def _conv_gradient(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, seq_idx, initial = ctx.saved_tensors
     if grad_out is None and grad_final is None:
-        return (None,) * 6
+        return (None,) * 7
     if grad_out is None:
         grad_out = torch.zeros_like(x)
-    gx, gweight, gbias, ginitial = _conv_backward(grad_out, grad_final, x, weight, bias, seq_idx, initial, ctx.silu)
-    return gx, gweight, None if bias is None else gbias, None, None if initial is None else ginitial, None
+    gx, gweight, gbias, ginitial = _conv_backward(
+        grad_out, grad_final, x, weight, bias, seq_idx, initial, ctx.silu, ctx.reverse
+    )
+    return gx, gweight, None if bias is None else gbias, None, None if initial is None else ginitial, None, None
 
 
 _conv = define(
@@ -93,6 +97,10 @@ _conv = define(
     backward=_conv_gradient,
     autocast=(0,),
 )
+
+
+def _turned(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.flip(-1)
 
 
 def _check_weight(op: str, weight: Tensor, bias: Tensor | None, x: Tensor) -> int:
@@ -114,6 +122,8 @@ def causal_conv1d(
     initial_states: Tensor | None = ...,
     return_final_states: Literal[False] = ...,
     activation: str | None = ...,
+    *,
+    reverse: bool = ...,
 ) -> Tensor: ...
 @overload
 def causal_conv1d(
@@ -125,6 +135,7 @@ def causal_conv1d(
     *,
     return_final_states: Literal[True],
     activation: str | None = ...,
+    reverse: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def causal_conv1d(
     x: Tensor,
@@ -134,6 +145,8 @@ def causal_conv1d(
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
     activation: str | None = None,
+    *,
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise causal convolution: `out_t = act(bias + sum_k weight_k x_{t - width + 1 + k})`.
 
@@ -146,6 +159,9 @@ def causal_conv1d(
             zeros if None.
         return_final_states: whether to return the last width - 1 inputs too, (batch, channels, width - 1) in x's dtype.
         activation: None, "silu" or "swish" (the same).
+        reverse: the same with time turned round, `out_t = act(bias + sum_k weight_k x_{t + width - 1 - k})`; the
+            initial states then stand right of the last step, the final ones are the first inputs, both in the order of
+            time. On CUDA it costs copies.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an unknown activation.
@@ -162,7 +178,12 @@ def causal_conv1d(
     if initial_states is not None:
         shape = (x.shape[0], x.shape[1], width - 1)
         check_tensor(op, "initial_states", initial_states, "(batch, channels, width - 1)", shape, x.device)
-    out, final = _conv(x, weight, bias, seq_idx, initial_states, _silu(op, activation))
+    silu = _silu(op, activation)
+    if reverse and x.is_cuda:  # where the kernel goes one way only
+        x, seq_idx, initial_states = x.flip(2), _turned(seq_idx), _turned(initial_states)
+        out, final = (y.flip(2) for y in _conv(x, weight, bias, seq_idx, initial_states, silu))
+    else:
+        out, final = _conv(x, weight, bias, seq_idx, initial_states, silu, reverse)
     return (out, final) if return_final_states else out
 
 
