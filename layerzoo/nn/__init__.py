@@ -6,5 +6,6 @@ from layerzoo.nn.ssm.mamba import Mamba
 from layerzoo.nn.ssm.mamba2 import Mamba2
 from layerzoo.nn.ssm.rglru import RGLRU
 from layerzoo.nn.ssm.s4d import S4D
+from layerzoo.nn.ssm.u_shape_mamba import UShapeMamba
 
-__all__ = ["HGRN", "RGLRU", "S4D", "BiGS", "Mamba", "Mamba2", "hgrn_lower_bounds"]
+__all__ = ["HGRN", "RGLRU", "S4D", "BiGS", "Mamba", "Mamba2", "UShapeMamba", "hgrn_lower_bounds"]
