@@ -214,7 +214,7 @@ def shapes(count: int) -> Tensor:
     return inside.unsqueeze(1).float() * 2 - 1
 
 
-def denoising_loss(model: Denoiser, steps: int = 200) -> float:
+def denoising_loss(model: Denoiser, steps: int = 120) -> float:
     """After training, over the noise levels: the mean square of what is left of the noise."""
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
