@@ -1,11 +1,26 @@
 """Layers: drop-in `nn.Module`s, one file each, under their family."""
 
 from layerzoo.nn.ssm.bigs import BiGS
+from layerzoo.nn.ssm.dense_mamba import DenseMamba
+from layerzoo.nn.ssm.dual_path_mamba import DualPathMamba
 from layerzoo.nn.ssm.hgrn import HGRN, hgrn_lower_bounds
 from layerzoo.nn.ssm.mamba import Mamba
 from layerzoo.nn.ssm.mamba2 import Mamba2
+from layerzoo.nn.ssm.mambular import Mambular
 from layerzoo.nn.ssm.rglru import RGLRU
 from layerzoo.nn.ssm.s4d import S4D
 from layerzoo.nn.ssm.u_shape_mamba import UShapeMamba
 
-__all__ = ["HGRN", "RGLRU", "S4D", "BiGS", "Mamba", "Mamba2", "UShapeMamba", "hgrn_lower_bounds"]
+__all__ = [
+    "HGRN",
+    "RGLRU",
+    "S4D",
+    "BiGS",
+    "DenseMamba",
+    "DualPathMamba",
+    "Mamba",
+    "Mamba2",
+    "Mambular",
+    "UShapeMamba",
+    "hgrn_lower_bounds",
+]
