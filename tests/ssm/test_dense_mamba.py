@@ -118,7 +118,7 @@ def test_gradcheck() -> None:
         return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), x)
 
     x = torch.randn(2, 4, 2).double().requires_grad_()
-    assert torch.autograd.gradcheck(forward, (x, *module.parameters()))
+    assert torch.autograd.gradcheck(forward, (x, *module.parameters()), fast_mode=True)
 
 
 def test_no_state_is_stored() -> None:
@@ -181,12 +181,24 @@ def test_gate_zero_decoding_and_recall_at_equal_parameters(threads: Any) -> None
     ("call", "error", "words"),
     [
         (lambda: DenseMamba(8, 0), ValueError, "num_layers must be at least 1, got 0"),
-        (lambda: DenseMamba(8, dense_layers=-1), ValueError, "dense_layers must be at least 0 and rank at least 1, got -1"),
+        (
+            lambda: DenseMamba(8, dense_layers=-1),
+            ValueError,
+            "dense_layers must be at least 0 and rank at least 1, got -1",
+        ),
         (lambda: DenseMamba(8, rank=0), ValueError, "and rank at least 1, got 2 and 0"),
-        (lambda: DenseMamba(8)(torch.ones(2, 8)), ValueError, "must have shape (batch, length, d_model = 8), got (2, 8)"),
+        (
+            lambda: DenseMamba(8)(torch.ones(2, 8)),
+            ValueError,
+            "must have shape (batch, length, d_model = 8), got (2, 8)",
+        ),
         (lambda: DenseMamba.around([]), ValueError, "mixers must be layers of one (d_model, d_inner, d_state), got []"),
         (lambda: DenseMamba.around([Mamba(8), Mamba(9)]), ValueError, "got [(8, 16, 16), (9, 18, 16)]"),
-        (lambda: DenseMamba.around([nn.Linear(8, 8)]), TypeError, "mixers must be layers of layerzoo.nn.Mamba, got Lin"),
+        (
+            lambda: DenseMamba.around([nn.Linear(8, 8)]),
+            TypeError,
+            "mixers must be layers of layerzoo.nn.Mamba, got Lin",
+        ),
         (lambda: DenseMamba.around([Mamba(8)], []), ValueError, "norms must be as many as mixers, 1, got 0"),
     ],
 )

@@ -1,7 +1,7 @@
 """DenseSSM for Mamba: the states of earlier layers join that of a layer before its read-out.
 
-He, Han, Tang, Wang, Yang, Guo and Wang, "DenseMamba: State Space Models with Dense Hidden Connection for Efficient Large
-Language Models" (2024), arXiv 2403.00818.
+He, Han, Tang, Wang, Yang, Guo and Wang, "DenseMamba: State Space Models with Dense Hidden Connection for Efficient
+Large Language Models" (2024), arXiv 2403.00818.
 """
 
 import math

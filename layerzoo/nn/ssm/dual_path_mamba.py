@@ -1,8 +1,8 @@
 """Dual-path Mamba: a long sequence as chunks, mixed within and then across them.
 
 Jiang, Han and Mesgarani, "Dual-path Mamba: Short and Long-term Bidirectional Selective Structured State Space Models
-for Speech Separation" (2024), arXiv 2403.18257, with the chunks of Luo, Chen and Yoshioka, "Dual-path RNN" (2020), arXiv
-1910.06379.
+for Speech Separation" (2024), arXiv 2403.18257, with the chunks of Luo, Chen and Yoshioka, "Dual-path RNN" (2020),
+arXiv 1910.06379.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def overlap_add(chunks: Tensor, length: int) -> Tensor:
 class _TwoWayMamba(nn.Module):
     """The sum of a Mamba along the sequence and of another, with weights of its own, against it."""
 
-    def __init__(self, d_model: int, options: dict[str, int], like: dict[str, Any]) -> None:
+    def __init__(self, d_model: int, options: dict[str, Any], like: dict[str, Any]) -> None:
         super().__init__()
         self.ahead, self.back = Mamba(d_model, **options, **like), Mamba(d_model, **options, **like)
 
@@ -61,7 +61,7 @@ def _against(mamba: Mamba, hidden_states: Tensor) -> Tensor:
 class _DualPath(nn.Module):
     """Both mixers of one layer, each with its norm and residual, over (batch, chunks, size, d_model)."""
 
-    def __init__(self, d_model: int, options: dict[str, int], like: dict[str, Any]) -> None:
+    def __init__(self, d_model: int, options: dict[str, Any], like: dict[str, Any]) -> None:
         super().__init__()
         self.intra_norm, self.inter_norm = nn.RMSNorm(d_model, **like), nn.RMSNorm(d_model, **like)
         self.intra, self.inter = _TwoWayMamba(d_model, options, like), _TwoWayMamba(d_model, options, like)
@@ -69,7 +69,8 @@ class _DualPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.intra(self.intra_norm(x).flatten(0, 1)).view(x.shape)
         across = self.inter_norm(x).transpose(1, 2)  # batch, size, chunks
-        return x + self.inter(across.flatten(0, 1)).view(across.shape).transpose(1, 2)
+        y: Tensor = x + self.inter(across.flatten(0, 1)).view(across.shape).transpose(1, 2)
+        return y
 
 
 class DualPathMamba(nn.Module):
@@ -102,10 +103,12 @@ class DualPathMamba(nn.Module):
         if chunk_size < 2 or chunk_size % 2:
             raise ValueError(f"DualPathMamba: chunk_size must be even and at least 2, got {chunk_size}")
         if d_model < 1 or num_layers < 1:
-            raise ValueError(f"DualPathMamba: d_model and num_layers must be at least 1, got {d_model} and {num_layers}")
+            raise ValueError(
+                f"DualPathMamba: d_model and num_layers must be at least 1, got {d_model} and {num_layers}"
+            )
         self.d_model, self.chunk_size = d_model, chunk_size
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        options = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        options: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         self.layers = nn.ModuleList(_DualPath(d_model, options, like) for _ in range(num_layers))
 
     def reset_parameters(self) -> None:

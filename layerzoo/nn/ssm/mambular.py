@@ -47,7 +47,7 @@ class _Numeric(nn.Module):
 class _Block(nn.Module):
     """x + mixer(norm(x))."""
 
-    def __init__(self, d_model: int, options: dict[str, int], like: dict[str, Any]) -> None:
+    def __init__(self, d_model: int, options: dict[str, Any], like: dict[str, Any]) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(d_model, **like)
         self.mixer = Mamba(d_model, **options, **like)
@@ -114,10 +114,12 @@ class Mambular(nn.Module):
         waves = frequencies if encoding == "periodic" else 0
         self.numeric_embedding = _Numeric(numeric, d_model, waves, like) if numeric else None
         self.category_embeddings = nn.ModuleList(nn.Embedding(size, d_model, **like) for size in categories)
-        options = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        options: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         self.layers = nn.ModuleList(_Block(d_model, options, like) for _ in range(num_layers))
         self.norm = nn.RMSNorm(d_model, **like)
-        self.head = nn.Sequential(nn.Linear(d_model, hidden, **like), nn.SiLU(), nn.Linear(hidden, out_features, **like))
+        self.head = nn.Sequential(
+            nn.Linear(d_model, hidden, **like), nn.SiLU(), nn.Linear(hidden, out_features, **like)
+        )
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew."""

@@ -38,7 +38,7 @@ class LinearInput:
 class OutlierReport:
     """The answer of `outlier_channels`: one `LinearInput` for each linear layer that was called.
 
-    `silent` names those that were not: unused, or read by another op, as the fused step-size projection of Mamba is.
+    `silent` names those that were not: unused, or with a weight that the model reads itself, as Mamba reads dt_proj's.
     True where a channel stands out. `str(report)` and `rich.print(report)` give a table, `to_dict()` plain data.
     """
 

@@ -31,7 +31,7 @@ class _Block(nn.Module):
     """x + gate mixer(norm(x) (1 + scale) + shift) over a grid of tokens, along one of the paths."""
 
     def __init__(
-        self, channels: int, temb_channels: int | None, path: int, options: dict[str, int], like: dict[str, Any]
+        self, channels: int, temb_channels: int | None, path: int, options: dict[str, Any], like: dict[str, Any]
     ) -> None:
         super().__init__()
         self.path = path % len(PATHS)
@@ -47,9 +47,11 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
         """x (batch, height, width, channels), temb (batch, temb_channels) -> the shape of x."""
         if self.modulation is None or temb is None:
-            return x + self._mix(self.norm(x))
+            plain: Tensor = x + self._mix(self.norm(x))
+            return plain
         shift, scale, gate = self.modulation(F.silu(temb))[:, None, None].chunk(3, dim=3)
-        return x + gate * self._mix(self.norm(x) * (1 + scale) + shift)
+        y: Tensor = x + gate * self._mix(self.norm(x) * (1 + scale) + shift)
+        return y
 
     def _mix(self, x: Tensor) -> Tensor:
         columns, flipped = PATHS[self.path]
@@ -128,7 +130,7 @@ class UShapeMamba(nn.Module):
             raise ValueError(f"UShapeMamba: temb_channels must be at least 1, or None, got {temb_channels}")
         self.channels, self.temb_channels, self.stages, self.depth = channels, temb_channels, stages, depth
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        options = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        options: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
 
         def blocks(first: int) -> nn.ModuleList:
             numbers = range(first * depth, (first + 1) * depth)
@@ -180,7 +182,8 @@ class UShapeMamba(nn.Module):
         x = _through(self.bottleneck, x, temb)
         for expand, blocks in zip(self.expands, self.decoder, strict=True):
             x = _through(blocks, expand(x, skips.pop()), temb)
-        return hidden_states + self.out_proj(self.norm(x)).permute(0, 3, 1, 2)
+        y: Tensor = hidden_states + self.out_proj(self.norm(x)).permute(0, 3, 1, 2)
+        return y
 
     def _check(self, x: Tensor, temb: Tensor | None) -> None:
         if x.dim() != 4 or x.shape[1] != self.channels:
