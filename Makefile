@@ -1,8 +1,9 @@
 # Everything runs in .venv of this checkout; the first command that needs it makes it.
 PYTHON ?= python3
 TORCH ?= 2.14.1
-# The newest of a host that the tests have seen; the package itself takes any that its recipes fit.
+# The newest of the hosts that the tests have seen; the package itself takes any that its recipes fit.
 TRANSFORMERS ?= 5.24.0
+DIFFUSERS ?= 0.42.1
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml MANIFEST.in
 PLUGINS := $(shell find plugins -name build -prune -o -name '*.egg-info' -prune -o -type f -print)
@@ -85,7 +86,8 @@ clean:
 	touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml setup.py
-	LAYERZOO_NATIVE=0 $(BIN)/pip install -q --no-build-isolation -e .[dev,transformers,vision,bench] transformers==$(TRANSFORMERS)
+	LAYERZOO_NATIVE=0 $(BIN)/pip install -q --no-build-isolation -e .[dev,transformers,vision,diffusion,bench] \
+		transformers==$(TRANSFORMERS) diffusers==$(DIFFUSERS)
 	touch $@
 
 .venv/.built: .venv/.installed $(SOURCES)

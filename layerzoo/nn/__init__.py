@@ -1,13 +1,17 @@
 """Layers: drop-in `nn.Module`s, one file each, under their family."""
 
 from layerzoo.nn.ssm.bigs import BiGS
+from layerzoo.nn.ssm.dense_mamba import DenseMamba
+from layerzoo.nn.ssm.dual_path_mamba import DualPathMamba
 from layerzoo.nn.ssm.hgrn import HGRN, hgrn_lower_bounds
 from layerzoo.nn.ssm.local_mamba import LocalMamba
 from layerzoo.nn.ssm.mamba import Mamba
 from layerzoo.nn.ssm.mamba2 import Mamba2
+from layerzoo.nn.ssm.mambular import Mambular
 from layerzoo.nn.ssm.rglru import RGLRU
 from layerzoo.nn.ssm.s4d import S4D
 from layerzoo.nn.ssm.ss2d import SS2D
+from layerzoo.nn.ssm.u_shape_mamba import UShapeMamba
 from layerzoo.nn.ssm.vision_mamba import VisionMamba
 
 __all__ = [
@@ -16,9 +20,13 @@ __all__ = [
     "S4D",
     "SS2D",
     "BiGS",
+    "DenseMamba",
+    "DualPathMamba",
     "LocalMamba",
     "Mamba",
     "Mamba2",
+    "Mambular",
+    "UShapeMamba",
     "VisionMamba",
     "hgrn_lower_bounds",
 ]

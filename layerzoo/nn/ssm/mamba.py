@@ -117,24 +117,31 @@ class Mamba(nn.Module):
         left = None if cache is None else cache[0][:, :, 1:]
         recent = x[:, -self.d_conv :].transpose(1, 2)
         x = causal_conv1d(x.transpose(1, 2), weight, self.conv1d.bias, seq_idx, left, activation="silu")  # b d l
-        delta, B, C = self._select(x.transpose(1, 2))
         y, state = selective_scan(
-            x,
-            delta.transpose(1, 2),
-            decay(self.A_log),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            self.D,
-            z.transpose(1, 2),
-            self.dt_proj.bias,
-            delta_softplus=True,
+            **self._scan_arguments(x, z),
             return_last_state=True,
             initial_state=None if cache is None else cache[1],
             seq_idx=seq_idx,
         )
         if cache is not None:
             move_on(cache, recent, state)
-        return linear(y.transpose(1, 2), self.out_proj.weight, self.out_proj.bias)
+        out: Tensor = self.out_proj(y.transpose(1, 2))
+        return out
+
+    def _scan_arguments(self, x: Tensor, z: Tensor) -> dict[str, Any]:
+        """Of selective_scan: x (b, d, l) out of the convolution, and the gate z (b, l, d)."""
+        delta, B, C = self._select(x.transpose(1, 2))
+        return {
+            "u": x,
+            "delta": delta.transpose(1, 2),
+            "A": decay(self.A_log),
+            "B": B.transpose(1, 2),
+            "C": C.transpose(1, 2),
+            "D": self.D,
+            "z": z.transpose(1, 2),
+            "delta_bias": self.dt_proj.bias,
+            "delta_softplus": True,
+        }
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., d_inner) -> step size before its bias (..., d_inner), B and C (..., d_state)."""
