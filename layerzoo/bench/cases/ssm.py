@@ -175,12 +175,8 @@ def _ssd_operations(tokens: int, heads: int, width: int, state: int, groups: int
     for a group C B again, and the gradients of B and C from it. Besides, for each pair of steps an exponential and a
     handful of operations.
     """
-    size, within, shared, pairs = (
-        state * width,
-        CHUNK * width / 2,
-        groups * CHUNK * state / 2,
-        tokens * heads * CHUNK / 2,
-    )
+    size, within, shared = state * width, CHUNK * width / 2, groups * CHUNK * state / 2
+    pairs = tokens * heads * CHUNK / 2
     products = 2 * tokens * (heads * (2 * size + within) + shared)
     if not backward:
         return Cost(products=products, flops=6 * pairs, exps=pairs)
@@ -191,8 +187,8 @@ def _ssd_operations(tokens: int, heads: int, width: int, state: int, groups: int
 def _ssd_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
     given = sum(x.nbytes for name, x in inputs.items() if name != "grad_out")
     out = inputs["x"].nbytes
-    sizes = (shape[size] for size in ("H", "P", "N", "G"))
-    operations = _ssd_operations(shape["B"] * shape["L"], *sizes, backward)
+    tokens = shape["B"] * shape["L"]
+    operations = _ssd_operations(tokens, shape["H"], shape["P"], shape["N"], shape["G"], backward)
     if not backward:
         return replace(operations, read=given, written=out)
     return replace(operations, read=2 * given + out, written=given + out)
@@ -433,7 +429,7 @@ def _decode(inputs: dict[str, Any], accelerated: bool = False) -> Work:
 
 
 def _train(inputs: dict[str, Any], accelerated: bool = False) -> Work:
-    """The loss and the gradient of every parameter: a training step but for the optimizer, which is the same for all."""
+    """The loss and the gradient of every parameter: a training step but for the optimizer, the same for all."""
     model: Any = (_accelerated(inputs["model"]) if accelerated else inputs["model"]).train()
     ids = inputs["ids"]
     return Work(lambda: model(ids, labels=ids, use_cache=False).loss, dict(model.named_parameters()))
