@@ -14,7 +14,7 @@ PY_FILES := layerzoo tests plugins tools benchmarks setup.py
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 LAYERZOO_CPU=avx2
 export LAYERZOO_CUDA ?= 0
 
-.PHONY: demo test bench bench-smoke peers readme-table lint build cuda test-full test-oldest catalogue clean types tests-modes
+.PHONY: demo test bench growth bench-smoke peers readme-table lint build cuda test-full test-oldest catalogue clean types tests-modes
 
 demo: .venv/.ready
 	$(BIN)/layerzoo demo
@@ -25,6 +25,11 @@ test: lint types tests-modes bench-smoke
 
 bench: .venv/.ready
 	$(AVX2) $(BIN)/layerzoo bench $(ARGS)
+
+# How time and memory of the ops over sequences grow with the length, as plots in growth.html.
+growth: .venv/.ready
+	$(AVX2) $(BIN)/layerzoo bench "ssm.*_scan/channel-last,ssm.ssd_chunk_scan,ssm.causal_conv1d/channel-last" \
+		--sweep L=256:65536:x4 --json growth.json --html growth.html --force $(ARGS)
 
 # Each candidate of each case once, against the reference; nothing is timed.
 bench-smoke: .venv/.ready

@@ -163,7 +163,7 @@ def demo(
 
 @app.command()
 def bench(
-    pattern: Annotated[str, typer.Argument(help="Glob over cases.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Globs over cases, with commas between.")] = "*",
     listed: Annotated[
         bool, typer.Option("--list", help="Only say which cases, sizes, types and peers there are.")
     ] = False,

@@ -15,7 +15,7 @@ from layerzoo.bench.tables import bounds, seconds, size
 try:
     from jinja2 import Environment, StrictUndefined
 
-    from layerzoo.bench.plots import growth, plain_text, ratio_bars, roofline
+    from layerzoo.bench.plots import LAST, growth, plain_text, ratio_bars, roofline
 except ImportError as error:
     raise ImportError(f"the page needs the extra [bench]: pip install 'layerzoo[bench]' ({error})") from error
 
@@ -29,6 +29,7 @@ RATES = {
     "gemm_rate": "matrix products, operations",
     "exp_rate": "exponentials",
 }
+SLOPE = f"Slope: over the last {LAST} sizes; 1 is linear growth."
 TIMED = ("faster", "within the noise", "slower", "run once", "too few runs")
 VERDICTS = (*TIMED, "wrong", "failed", "absent", "skipped", "not timed")  # in this order they are counted
 
@@ -149,7 +150,8 @@ def _curves(results: Iterable[Result]) -> Iterator[tuple[str, str]]:
     for words, sweep in sweeps.items():
         for what, value in (("time", _time), ("memory", _memory)):
             if sum(any(map(value, result.rows)) for result in sweep) > 1:
-                yield f"{what.capitalize()} by {sweep[0].swept}: {words}", growth(sweep, value, what, f"{words} {what}")
+                plot = growth(sweep, value, what, f"{words} {what}")
+                yield f"{what.capitalize()} by {sweep[0].swept}: {words}. {SLOPE}", plot
 
 
 def _time(row: Row) -> float | None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
+from statistics import linear_regression
 from typing import Any
 
 import matplotlib as mpl
@@ -24,6 +25,7 @@ VERDICTS = {"faster": BLUE, "slower": RED, "within the noise": GREY}
 # Ours, then the peers; marker and dash differ too, for those who do not see the colours.
 LINES = [(BLUE, "o", "-"), ("#d97706", "s", "--"), ("#047857", "^", "-."), ("#7e22ce", "D", ":"), (INK, "v", "--")]
 WIDTH = 5.0  # inches: on a phone about its natural size, so that 10 points can be read there
+LAST = 3  # sizes of a sweep that its slope is taken over: what a call costs whatever its size tells at the small ones
 NAME = 30  # characters of a name in a plot; the tables have all of it
 # Of the rates that were measured: those in bytes/s are slopes, the others are flat.
 SLOPES = {"cache_bandwidth": "cache", "read_bandwidth": "read", "copy_bandwidth": "copy", "gather_bandwidth": "gather"}
@@ -122,19 +124,21 @@ def _remark(ratio: Interval, once: bool) -> str:
 
 
 def growth(results: Sequence[Result], value: Callable[[Row], float | None], unit: str, name: str) -> str:
-    """One line per candidate against the size that was swept, both axes in logarithms.
+    """One line per candidate against the size that was swept, both axes in logarithms, with its slope in the legend.
 
     `unit` is "time" or "memory"; `value` gives None where a row has none.
     """
     results = sorted(results, key=lambda result: result.shape[result.swept])
     sizes = [result.shape[result.swept] for result in results]
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.8 + 0.2 * len(results[0].rows)), layout="constrained")
     axes = figure.add_subplot()
     if unit == "time" and all(result.limit for result in results):
         axes.plot(sizes, [result.limit or 0 for result in results], color=GREY, linewidth=1, label="limit")
     for (colour, marker, dash), rows in zip(cycle(LINES), zip(*(r.rows for r in results), strict=True), strict=False):
         points = [(at, found) for at, row in zip(sizes, rows, strict=True) if (found := value(row))]
         label = _short(rows[0].name) + _ending(rows, len(points))
+        if (steep := slope(points)) is not None:
+            label += f", slope {steep:.2f}"
         axes.plot(
             [at for at, _ in points],
             [found for _, found in points],
@@ -152,8 +156,14 @@ def growth(results: Sequence[Result], value: Callable[[Row], float | None], unit
     axes.minorticks_off()
     _plain_ticks(axes.yaxis, seconds if unit == "time" else size, _spread(axes))
     axes.grid(color="#e4e8ec", linewidth=0.6)
-    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    figure.legend(loc="outside upper left", frameon=False)
     return svg(figure, name)
+
+
+def slope(points: Sequence[tuple[int, float]]) -> float | None:
+    """Of a line through the last `LAST` points in logarithms, so 1 where growth is linear; None for a single size."""
+    last = [(math.log(at), math.log(found)) for at, found in points[-LAST:]]
+    return linear_regression(*zip(*last, strict=True)).slope if len({at for at, _ in last}) > 1 else None
 
 
 def _ending(rows: Sequence[Row], points: int) -> str:

@@ -46,7 +46,8 @@ def run(
     """Measures the cases that `pattern` matches.
 
     Args:
-        pattern: glob over ids such as `ssm.selective_scan/time-last/forward`, or over the beginning before a slash.
+        pattern: glob over ids such as `ssm.selective_scan/time-last/forward`, or over the beginning before a slash; or
+            several, with commas between.
         peers: whether to measure the peers too. threads: of torch, each in turn; by default all cores.
         dtypes: each in turn, for the cases that have it; by default the first of each case. device: cpu or cuda.
         sweep: one size with several values, for the cases that have it.

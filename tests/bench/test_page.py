@@ -181,9 +181,20 @@ def test_curves_for_sweeps_alone_and_bars_for_the_rest(tmp_path):
     for words in ("Time by n: toy.double/flat/forward, float32, 2 threads, m3", "Memory by n", "peer (skipped)"):
         assert words in text
     assert "nowhere (absent)" in text
+    assert text.count("Slope: over the last 3 sizes; 1 is linear growth.") == 4  # two captions, two labels
+    assert text.count("layerzoo, slope 1.00") == 2
     text = written(tmp_path, Report(machine(), [result(row("layerzoo", 1e-3), row("peer", 2e-3))]), RATES)
     assert text.count("<svg") == 1
     assert "time of the peer / time of ours" in text
+
+
+def test_slopes_are_those_of_the_last_sizes():
+    slope = importlib.import_module("layerzoo.bench.plots").slope
+    points = [(1, 5.0), (4, 5.0), (16, 6.0), (64, 24.0), (256, 96.0)]
+    assert slope(points) == pytest.approx(1)
+    assert slope([(size, 7 * size**2) for size, _ in points]) == pytest.approx(2)
+    assert slope(points[:2]) == pytest.approx(0)
+    assert slope(points[:1]) is slope([(4, 1.0), (4, 2.0)]) is slope([]) is None
 
 
 @pytest.mark.parametrize("rates", [None, {}, {"exp_rate": 5e9}, {"read_bandwidth": 2e10}, RATES])

@@ -362,6 +362,16 @@ def test_patterns_match_names_and_ids():
     assert len(select("ssm.selective_scan")[0]) == 4
     assert [case.direction for case in select("ssm.selective_scan/time-last/forward")[0]] == ["forward"]
     assert select("*") == all_cases()
+    both = select("ssm.linear_scan/time-last/*,ssm.causal_conv1d/*/forward,ssm.*_conv1d/time-last")[0]
+    assert [(case.name, case.variant, case.direction) for case in both] == [
+        ("ssm.causal_conv1d", "time-last", "forward"),
+        ("ssm.causal_conv1d", "time-last", "forward+backward"),
+        ("ssm.causal_conv1d", "channel-last", "forward"),
+        ("ssm.linear_scan", "time-last", "forward"),
+        ("ssm.linear_scan", "time-last", "forward+backward"),
+    ]
+    with pytest.raises(ValueError, match="pattern must match a case, got 'nothing'"):
+        select("ssm.linear_scan,nothing")
 
 
 def test_cases_are_data():

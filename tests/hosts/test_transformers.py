@@ -217,6 +217,20 @@ class TestBeyondTheHost:
         for (name, mine), theirs in zip(ours.named_parameters(), host.parameters(), strict=True):
             assert_close(mine.grad, theirs.grad, 3e-5, name)
 
+    @torch.no_grad()
+    def test_rows_padded_on_the_left_equal_those_without_padding(self):
+        ours, sizes, ids = pair()[1], (11, 7, 2), tokens(batch=3)
+        mask = torch.stack([torch.arange(11) >= 11 - size for size in sizes]).long()
+        output = ours(ids, attention_mask=mask)
+        alone = [ours(ids[row : row + 1, 11 - size :]) for row, size in enumerate(sizes)]
+        for row, size in enumerate(sizes):
+            assert_close(output.logits[row, 11 - size :], alone[row].logits[0])
+        for step in range(3):
+            token = tokens(batch=3, length=1, seed=step)
+            output = ours(token, **cached(output))
+            alone = [ours(token[row : row + 1], **cached(one)) for row, one in enumerate(alone)]
+            assert_close(output.logits, torch.cat([one.logits for one in alone]))
+
     def test_packed_sequences(self):
         mixer = pair()[1].backbone.layers[0].mixer
         states = torch.randn(1, 10, 24)

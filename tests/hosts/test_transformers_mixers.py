@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import inspect
 import pickle
 import re
 from pathlib import Path
@@ -332,6 +333,52 @@ class TestBeyondTheHost:
         torch.cat([first.logits, second.logits], 1).square().sum().backward()
         for (key, mine), theirs in zip(ours.named_parameters(), host.parameters(), strict=True):
             assert_close(mine.grad, theirs.grad, 5e-5, key)
+
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_rows_padded_on_the_left_equal_those_without_padding(self, name):
+        """A bias of in_proj would reach the first tokens through the convolution, in the host too."""
+        ours = pair(name)[1]
+        for mixer in mixers(ours):
+            if mixer.in_proj.bias is not None:
+                mixer.in_proj.bias.zero_()
+        sizes, ids = (11, 7, 2), tokens(batch=3)
+        mask = torch.stack([torch.arange(11) >= 11 - size for size in sizes]).long()
+
+        def run(ids, mask, cache):
+            """With the places that `generate` would give."""
+            arguments = {"attention_mask": mask, "use_cache": True, **cache}
+            if "position_ids" in inspect.signature(ours.forward).parameters:
+                places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                arguments["position_ids"] = places
+            return ours(ids, **arguments)
+
+        output = run(ids, mask, {})
+        parts = [(slice(row, row + 1), slice(11 - size, None)) for row, size in enumerate(sizes)]
+        alone = [run(ids[part], mask[part], {}) for part in parts]
+        for row, size in enumerate(sizes):
+            assert_close(output.logits[row, 11 - size :], alone[row].logits[0], 2e-5, f"row of {size}")
+        for step in range(3):
+            token, mask = tokens(batch=3, length=1, seed=step), torch.cat([mask, torch.ones(3, 1).long()], 1)
+            output = run(token, mask, cached(output))
+            for row, size in enumerate(sizes):
+                alone[row] = run(token[row : row + 1], mask[parts[row]], cached(alone[row]))
+                assert_close(output.logits[row], alone[row].logits[0], 2e-5, f"row of {size}, step {step}")
+        for index, state in enumerate(states(output)):
+            assert_close(state, torch.cat([states(one)[index] for one in alone]), 2e-5, f"state {index}")
+
+    @pytest.mark.parametrize("name", NEW)
+    @torch.no_grad()
+    def test_a_cache_of_another_batch_is_refused(self, name):
+        ours = pair(name)[1]
+        output = ours(tokens(), use_cache=True)
+        mixer, hidden = mixers(ours)[0], torch.randn(3, 1, 24)
+        [cache] = cached(output).values()
+        before = [state.clone() for state in states(output)]
+        for length in (1, 2):
+            with pytest.raises(ValueError, match=r"(conv_state|initial_states) must have shape \(.*\) = \(3, "):
+                mixer(hidden.expand(-1, length, -1), cache)
+        assert all(map(torch.equal, states(output), before))
 
     @pytest.mark.parametrize("name", MODELS)
     def test_packed_sequences(self, name):

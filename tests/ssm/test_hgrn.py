@@ -68,6 +68,23 @@ def test_step_by_step_is_the_whole(dtype: torch.dtype) -> None:
     assert_close("y", torch.cat(parts, 1), layer(x, bound), 1e-5 if dtype == torch.float32 else 2e-2)
 
 
+def test_steps_of_padded_and_packed_rows() -> None:
+    """Padding on the left is tokens at place 0, each of which begins anew."""
+    torch.manual_seed(0)
+    layer, x, bound = HGRN(12), torch.randn(2, 12, 12), torch.rand(12)
+    positions = torch.tensor([[0] * 5 + [*range(7)], [*range(8), *range(4)]])
+    y, state = layer.step(x, None, bound, positions)
+    assert_close("padded", y[:1, 5:], layer(x[:1, 5:], bound), 1e-5)
+    assert_close("first", y[1:, :8], layer(x[1:, :8], bound), 1e-5)
+    assert_close("second", y[1:, 8:], layer(x[1:, 8:], bound), 1e-5)
+    first, state = layer.step(x[:, :7], None, bound, positions[:, :7])
+    second, state = layer.step(x[:, 7:], state, bound, positions[:, 7:])
+    assert_close("in two calls", torch.cat([first, second], 1), y, 1e-5)
+    for row, begin in ((0, 5), (1, 8)):
+        want = layer.step(x[row : row + 1, begin:], None, bound)[1]
+        assert_close(f"state of row {row}", torch.view_as_real(state[row]), torch.view_as_real(want[0]), 1e-5)
+
+
 def recall_error(bound: float, delay: int = 60) -> float:
     """The share of wrong answers, after training, to: which of 4 marks stood first, `delay` steps of noise ago?"""
     torch.manual_seed(0)
@@ -107,6 +124,10 @@ def test_scan_bounds_and_recall_over_a_long_delay() -> None:
         (lambda: HGRN(0), "HGRN: d_model must be at least 1, got 0"),
         (lambda: HGRN(8, lower_bound=1.0), "HGRN: lower_bound must be in [0, 1), got 1.0"),
         (lambda: HGRN(8)(torch.ones(2, 8)), "HGRN: hidden_states must have shape (batch, length, d_model = 8), got (2"),
+        (
+            lambda: HGRN(8)(torch.ones(2, 3, 8), segment_pos=torch.arange(3)),
+            "HGRN: segment_pos must have shape (batch, length) = (2, 3), got (3,)",
+        ),
         (lambda: hgrn_lower_bounds(torch.ones(3)), "hgrn_lower_bounds: logits must have shape (layers, d_model), got"),
     ],
 )

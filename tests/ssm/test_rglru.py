@@ -81,6 +81,21 @@ def test_step_by_step_is_the_whole(dtype: torch.dtype) -> None:
     assert_close("y", torch.cat(parts, 1), unit(x), 1e-6 if dtype == torch.float32 else 5e-3)
 
 
+def test_steps_of_padded_and_packed_rows() -> None:
+    """Padding on the left is steps at place 0, each of which begins anew."""
+    unit, x = layer(), torch.randn(2, 12, 12)
+    positions = torch.tensor([[0] * 5 + [*range(7)], [*range(8), *range(4)]])
+    y, state = unit.step(x, None, positions)
+    assert_close("padded", y[:1, 5:], unit(x[:1, 5:]), 1e-6)
+    assert_close("first", y[1:, :8], unit(x[1:, :8]), 1e-6)
+    assert_close("second", y[1:, 8:], unit(x[1:, 8:]), 1e-6)
+    first, state = unit.step(x[:, :7], None, positions[:, :7])
+    second, state = unit.step(x[:, 7:], state, positions[:, 7:])
+    assert_close("in two calls", torch.cat([first, second], 1), y, 1e-6)
+    for row, begin in ((0, 5), (1, 8)):
+        assert_close(f"state of row {row}", state[row : row + 1], unit.step(x[row : row + 1, begin:])[1], 1e-6)
+
+
 def test_decays_begin_within_their_radius() -> None:
     unit = RGLRU(4096)
     radius = torch.exp(-8 * torch.nn.functional.softplus(unit.recurrent_param))

@@ -41,15 +41,19 @@ def _of_plugin(name: str, module: str) -> list[Case]:
 
 
 def select(pattern: str) -> tuple[list[Case], list[str]]:
-    """The cases whose id, or whose id before a slash, matches a glob; and the problems of `all_cases`.
+    """The cases whose id, or whose id before a slash, matches one of the globs in `pattern`, between which are commas;
+    and the problems of `all_cases`.
 
-    Raises ValueError where no case matches.
+    Raises ValueError for a glob that no case matches.
     """
     cases, problems = all_cases()
-    chosen = [case for case in cases if fnmatchcase(case.id, pattern) or fnmatchcase(case.id, f"{pattern}/*")]
-    if not chosen:
-        names = ", ".join(sorted({case.name for case in cases}))
-        raise ValueError(
-            "; ".join([f"bench: pattern must match a case, got {pattern!r}; there are {names}", *problems])
-        )
-    return chosen, problems
+    chosen: set[str] = set()
+    for glob in pattern.split(","):
+        found = {case.id for case in cases if fnmatchcase(case.id, glob) or fnmatchcase(case.id, f"{glob}/*")}
+        if not found:
+            names = ", ".join(sorted({case.name for case in cases}))
+            raise ValueError(
+                "; ".join([f"bench: pattern must match a case, got {glob!r}; there are {names}", *problems])
+            )
+        chosen |= found
+    return [case for case in cases if case.id in chosen], problems

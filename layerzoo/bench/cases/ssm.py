@@ -1,6 +1,7 @@
-"""State-space cases: the ops, transformers' Mamba block and a model of mamba-130m's shape."""
+"""State-space cases: the ops, transformers' Mamba block, and models of the shapes of mamba-130m and mamba2-130m."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerzoo import ops, reference
-from layerzoo.bench.case import Candidate, Case, Cost, Shape, Target, Work
+from layerzoo.bench.case import Candidate, Case, Cost, Direction, Shape, Target, Work
 from layerzoo.bench.cases.ssm_images import CASES as IMAGES
 from layerzoo.reference.ssm import CHUNK
 
@@ -167,7 +168,7 @@ def _ssd_by_selective_scan(inputs: Tensors) -> Work:
     return Work(call, leaves, inputs["grad_out"])
 
 
-def _ssd_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
+def _ssd_operations(tokens: int, heads: int, width: int, state: int, groups: int, backward: bool) -> Cost:
     """The products of the chunked form, over chunks of Q steps, where steps only look back.
 
     For a step of a head: C h and the new state, n p each, and Q / 2 inputs of p channels; for a step of a group, Q / 2
@@ -175,15 +176,23 @@ def _ssd_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
     for a group C B again, and the gradients of B and C from it. Besides, for each pair of steps an exponential and a
     handful of operations.
     """
-    tokens, heads, size = shape["B"] * shape["L"], shape["H"], shape["N"] * shape["P"]
-    within, shared, pairs = CHUNK * shape["P"] / 2, shape["G"] * CHUNK * shape["N"] / 2, tokens * heads * CHUNK / 2
-    given = sum(x.nbytes for name, x in inputs.items() if name != "grad_out")
-    out = inputs["x"].nbytes
+    size, within, shared = state * width, CHUNK * width / 2, groups * CHUNK * state / 2
+    pairs = tokens * heads * CHUNK / 2
     products = 2 * tokens * (heads * (2 * size + within) + shared)
     if not backward:
-        return Cost(read=given, written=out, products=products, flops=6 * pairs, exps=pairs)
+        return Cost(products=products, flops=6 * pairs, exps=pairs)
     products += 2 * tokens * (heads * (4 * size + 2 * within) + 3 * shared)
-    return Cost(read=2 * given + out, written=given + out, products=products, flops=18 * pairs, exps=2 * pairs)
+    return Cost(products=products, flops=18 * pairs, exps=2 * pairs)
+
+
+def _ssd_cost(shape: Shape, inputs: Tensors, backward: bool) -> Cost:
+    given = sum(x.nbytes for name, x in inputs.items() if name != "grad_out")
+    out = inputs["x"].nbytes
+    tokens = shape["B"] * shape["L"]
+    operations = _ssd_operations(tokens, shape["H"], shape["P"], shape["N"], shape["G"], backward)
+    if not backward:
+        return replace(operations, read=given, written=out)
+    return replace(operations, read=2 * given + out, written=given + out)
 
 
 # ---- causal_conv1d ----
@@ -384,17 +393,18 @@ def _accelerated(module: nn.Module) -> nn.Module:
     return module
 
 
-# ---- a whole model ----
+# ---- whole models ----
 
 
-def _model_inputs(shape: Shape) -> dict[str, Any]:
+def _model_inputs(shape: Shape, family: str) -> dict[str, Any]:
+    """A model of a family, with random weights, and tokens."""
     transformers = _transformers()
     torch.manual_seed(0)
-    config = transformers.MambaConfig(
-        vocab_size=shape["V"], hidden_size=shape["H"], num_hidden_layers=shape["layers"], state_size=shape["N"]
-    )
+    sizes = {"V": "vocab_size", "H": "hidden_size", "layers": "num_hidden_layers", "N": "state_size"}
+    sizes |= {"heads": "num_heads", "P": "head_dim", "G": "n_groups"}
+    config = getattr(transformers, f"{family}Config")(**{sizes[name]: shape[name] for name in sizes if name in shape})
     ids = torch.randint(shape["V"], (shape["B"], shape["L"]), generator=torch.Generator().manual_seed(0))
-    return {"model": transformers.MambaForCausalLM(config).eval(), "ids": ids}
+    return {"model": getattr(transformers, f"{family}ForCausalLM")(config).eval(), "ids": ids}
 
 
 def _prefill(inputs: dict[str, Any], accelerated: bool = False) -> Work:
@@ -419,19 +429,40 @@ def _decode(inputs: dict[str, Any], accelerated: bool = False) -> Work:
     return Work(call)
 
 
+def _train(inputs: dict[str, Any], accelerated: bool = False) -> Work:
+    """The loss and the gradient of every parameter: a training step but for the optimizer, the same for all."""
+    model: Any = (_accelerated(inputs["model"]) if accelerated else inputs["model"]).train()
+    ids = inputs["ids"]
+    return Work(lambda: model(ids, labels=ids, use_cache=False).loss, dict(model.named_parameters()))
+
+
+BUILDS = {"prefill": _prefill, "decode": _decode, "forward+backward": _train}
+
+
 def _mixer_cost(mixer: Any, tokens: int, calls: int, backward: bool) -> Cost:
-    """Of one mixer for `tokens` in all: products with its weights, which each call reads once, and the scan."""
+    """Of one mixer for `tokens` in all: products with its weights, which each call reads once, and the scan.
+
+    More than one call is decoding: each reads and writes the state.
+    """
     weights = [module.weight for module in mixer.modules() if isinstance(module, nn.Linear)]
     size = mixer.in_proj.weight.element_size()
-    states = tokens * mixer.intermediate_size * mixer.ssm_state_size
+    states = mixer.intermediate_size * mixer.ssm_state_size
+    heads = getattr(mixer, "num_heads", None)
     passes = 3 if backward else 1  # gradients of the input and of the weight are a product each
-    return Cost(
+    moved = tokens * states * 4 if calls > 1 else 0  # in float32
+    if heads is None:
+        scan = Cost(flops=(25 if backward else 6) * tokens * states, exps=tokens * states)
+    elif calls > 1:
+        scan = Cost(flops=5 * tokens * states, exps=tokens * heads)
+    else:
+        scan = _ssd_operations(tokens, heads, mixer.head_dim, mixer.ssm_state_size, mixer.n_groups, backward)
+    return replace(
+        scan,
         read=passes * calls * sum(parameter.nbytes for parameter in mixer.parameters())
-        + passes * tokens * mixer.hidden_size * size,
-        written=passes * tokens * mixer.hidden_size * size,
-        products=passes * 2 * tokens * sum(weight.numel() for weight in weights),
-        flops=(25 if backward else 6) * states,
-        exps=states,
+        + passes * tokens * mixer.hidden_size * size
+        + moved,
+        written=passes * tokens * mixer.hidden_size * size + moved,
+        products=scan.products + passes * 2 * tokens * sum(weight.numel() for weight in weights),
     )
 
 
@@ -439,15 +470,16 @@ def _block_cost(shape: Shape, inputs: dict[str, Any], backward: bool) -> Cost:
     return _mixer_cost(inputs["mixer"], shape["B"] * shape["L"], 1, backward)
 
 
-def _model_cost(shape: Shape, inputs: dict[str, Any], decode: bool) -> Cost:
-    """Its mixers, and the head for each token of decoding, or the last one; a call of decoding is one token."""
-    model = inputs["model"]
-    tokens, calls = shape["B"] * shape["L"], shape["L"] if decode else 1
-    mixers = [_mixer_cost(block.mixer, tokens, calls, backward=False) for block in model.backbone.layers]
-    head, logits = model.lm_head.weight, tokens if decode else shape["B"]
+def _model_cost(shape: Shape, inputs: dict[str, Any], direction: Direction) -> Cost:
+    """Its mixers, and the head for each token, of a prefill for the last one; a call of decoding is one token."""
+    model, backward = inputs["model"], direction == "forward+backward"
+    tokens, calls = shape["B"] * shape["L"], shape["L"] if direction == "decode" else 1
+    mixers = [_mixer_cost(block.mixer, tokens, calls, backward) for block in model.backbone.layers]
+    head, logits, passes = model.lm_head.weight, shape["B"] if direction == "prefill" else tokens, 3 if backward else 1
     return Cost(
-        read=sum(cost.read for cost in mixers) + calls * head.nbytes,
-        products=sum(cost.products for cost in mixers) + 2 * logits * head.numel(),
+        read=sum(cost.read for cost in mixers) + passes * calls * head.nbytes,
+        written=sum(cost.written for cost in mixers),
+        products=sum(cost.products for cost in mixers) + passes * 2 * logits * head.numel(),
         flops=sum(cost.flops for cost in mixers),
         exps=sum(cost.exps for cost in mixers),
     )
@@ -458,8 +490,19 @@ def _model_cost(shape: Shape, inputs: dict[str, Any], decode: bool) -> Cost:
 LAYOUTS = ("time-last", "channel-last")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOOP = Candidate("transformers", _block_host)
-MODEL = {"B": 1, "V": 50280, "H": 768, "layers": 24, "N": 16}
-TINY_MODEL = {"B": 1, "V": 97, "H": 32, "layers": 2, "N": 16, "L": 9}
+# The families of transformers: the model's name and shape, and a tiny shape for the check.
+MODELS: dict[str, tuple[str, Shape, Shape]] = {
+    "Mamba": (
+        "mamba_130m",
+        {"B": 1, "V": 50280, "H": 768, "layers": 24, "N": 16},
+        {"B": 1, "V": 97, "H": 32, "layers": 2, "N": 16, "L": 9},
+    ),
+    "Mamba2": (
+        "mamba2_130m",
+        {"B": 1, "V": 50288, "H": 768, "layers": 24, "heads": 24, "P": 64, "N": 128, "G": 1},
+        {"B": 1, "V": 97, "H": 32, "layers": 2, "heads": 4, "P": 16, "N": 16, "G": 2, "L": 9},
+    ),
+}
 ACCELERATED = "layerzoo.accelerate"
 
 
@@ -587,21 +630,23 @@ def _block_case(length: int, backward: bool, loop: Candidate, targets: tuple[Tar
     )
 
 
-def _model_case(length: int, decode: bool, targets: tuple[Target, ...] = ()) -> Case:
-    build = _decode if decode else _prefill
+def _model_case(family: str, direction: Direction, length: int, *targets: Target) -> Case:
+    name, shape, tiny = MODELS[family]
+    build = BUILDS[direction]
+    host = Candidate("transformers", build)
     return Case(
-        "ssm.mamba_130m",
+        f"ssm.{name}",
         f"L{length}",
-        "decode" if decode else "prefill",
-        shape={**MODEL, "L": length},
-        check=TINY_MODEL,
-        inputs=_model_inputs,
+        direction,
+        shape={**shape, "L": length},
+        check=tiny,
+        inputs=partial(_model_inputs, family=family),
         ours=Candidate(ACCELERATED, partial(build, accelerated=True)),
-        reference=Candidate("transformers", build),
-        peers=(Candidate("transformers", build),),
+        reference=host,
+        peers=(host,),
         tolerance=1e-3,
         tokens=("B", "L"),
-        cost=partial(_model_cost, decode=decode),
+        cost=partial(_model_cost, direction=direction),
         targets=targets,
     )
 
@@ -621,8 +666,11 @@ CASES = (
         Candidate("transformers", _block_host, full=True),  # three minutes
         (Target("x transformers", at_least=250), Target("x mambapy", at_least=6)),
     ),
-    _model_case(128, decode=False),
-    _model_case(512, decode=False, targets=(Target("x transformers", at_least=6),)),
-    _model_case(16, decode=True, targets=(Target("x transformers", at_least=3),)),
+    _model_case("Mamba", "prefill", 128),
+    _model_case("Mamba", "prefill", 512, Target("x transformers", at_least=6)),
+    _model_case("Mamba", "decode", 16, Target("x transformers", at_least=3)),
+    _model_case("Mamba2", "prefill", 512, Target("x transformers", at_least=8)),
+    _model_case("Mamba2", "decode", 16, Target("x transformers", at_least=4)),
+    _model_case("Mamba2", "forward+backward", 512, Target("x transformers", at_least=10)),
     *IMAGES,
 )

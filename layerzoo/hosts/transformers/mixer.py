@@ -148,19 +148,17 @@ class Mixer(Accelerated):
         # Split before it is transposed, since autograd puts the gradients together as it finds them.
         x, gate, dt = self._split(projected)
         x = x.transpose(1, 2)  # (b, c, l)
-        before = None
-        if cache is not None:
-            if conv_state is not None:  # a copy, since the update writes it
-                before = conv_state[..., conv_state.shape[-1] - conv.weight.shape[-1] + 1 :].clone()
-            cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        before = None if conv_state is None else conv_state[..., conv_state.shape[-1] - conv.weight.shape[-1] + 1 :]
+        if torch.is_grad_enabled():  # what is saved for backward must not be what the cache writes
+            before = None if before is None else before.clone()
+            recurrent_state = None if recurrent_state is None else recurrent_state.clone()
         convolved: Any = causal_conv1d(
             x, conv.weight.squeeze(1), conv.bias, seq_idx=seq_idx, initial_states=before, activation=self.activation
         )
-        if recurrent_state is not None and torch.is_grad_enabled():
-            recurrent_state = recurrent_state.clone()  # the scan saves it for backward, the cache writes it
         y: Tensor
         y, last_state = self._sequence(masked(convolved.transpose(1, 2), mask), gate, dt, recurrent_state, seq_idx)
         if cache is not None:
+            cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
             cache.update_recurrent_state(last_state, self.layer_idx)
         return y
 

@@ -16,9 +16,12 @@ def heads_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """state (batch, heads, width, state), changed in place; x, z (batch, heads, width); dt (batch, heads); A, dt_bias
     (heads,); D (heads,) or (heads, width); B, C (batch, groups, state) -> (batch, heads, width), without a gradient.
+
+    With `state_batch_indices` (batch,) the state is a pool, as in `selective_state_update`.
     """
     heads, width, n = state.shape[1:]
     return selective_state_update(
@@ -32,4 +35,5 @@ def heads_update(
         z,
         None if dt_bias is None else dt_bias.unsqueeze(1).expand(heads, width),
         dt_softplus,
+        state_batch_indices,
     )

@@ -63,29 +63,44 @@ class HGRN(nn.Module):
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, lower_bound={self.lower_bound}"
 
-    def forward(self, hidden_states: Tensor, lower_bound: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, lower_bound: Tensor | None = None, segment_pos: Tensor | None = None
+    ) -> Tensor:
         """hidden_states (batch, length, d_model) -> the same shape.
 
-        `lower_bound` (d_model,) takes the place of the constructor's: one row of `hgrn_lower_bounds`.
+        `lower_bound` (d_model,) takes the place of the constructor's: one row of `hgrn_lower_bounds`. `segment_pos`
+        (batch, length), integer: the place of each token in its sequence; a sequence begins at each 0. None: one
+        sequence a row.
         """
-        return self._mix(hidden_states, None, lower_bound)[0]
+        return self._mix(hidden_states, None, lower_bound, segment_pos)[0]
 
     def step(
-        self, hidden_states: Tensor, state: Tensor | None = None, lower_bound: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        state: Tensor | None = None,
+        lower_bound: Tensor | None = None,
+        segment_pos: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The next tokens, one or more: (batch, length, d_model) and the state -> (output, state after them).
 
-        A state is complex (batch, d_model); None is the start of a sequence.
+        A state is complex (batch, d_model); None is the start of a sequence. The rest as in forward.
         """
-        y, h = self._mix(hidden_states, state, lower_bound)
+        y, h = self._mix(hidden_states, state, lower_bound, segment_pos)
         if h.shape[1] == 0:
             return y, h.new_zeros(h.shape[0], self.d_model) if state is None else state
         return y, h[:, -1]
 
-    def _mix(self, x: Tensor, state: Tensor | None, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _mix(
+        self, x: Tensor, state: Tensor | None, lower_bound: Tensor | None, segment_pos: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(
                 f"HGRN: hidden_states must have shape (batch, length, d_model = {self.d_model}), got {tuple(x.shape)}"
+            )
+        if segment_pos is not None and segment_pos.shape != x.shape[:2]:
+            raise ValueError(
+                f"HGRN: segment_pos must have shape (batch, length) = {tuple(x.shape[:2])}, "
+                f"got {tuple(segment_pos.shape)}"
             )
         wide = torch.promote_types(x.dtype, torch.float32)
         low = self.lower_bound if lower_bound is None else lower_bound.to(wide)
@@ -93,7 +108,8 @@ class HGRN(nn.Module):
         real, imaginary = F.silu(self.input_proj(x).to(wide)).chunk(2, dim=2)
         inputs = torch.complex((1 - forget) * real, (1 - forget) * imaginary)
         theta = self.theta.to(wide)
-        h = linear_scan(torch.complex(forget * theta.cos(), forget * theta.sin()), inputs, state)
+        kept = forget if segment_pos is None else forget.masked_fill((segment_pos == 0).unsqueeze(2), 0)
+        h = linear_scan(torch.complex(kept * theta.cos(), kept * theta.sin()), inputs, state)
         mixed = torch.cat([h.real, h.imag], dim=2).to(x.dtype) * F.silu(self.gate_proj(x))
         y: Tensor = self.out_proj(self.norm(mixed))
         return y, h

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.nn.linear import Linear
-from layerzoo.nn.ssm.cache import Cache, cache_of, move_on
+from layerzoo.nn.ssm.cache import Cache, cache_of, check_cache, each_sequence, marks_of, move_on, zero_cache
 from layerzoo.nn.ssm.selection import StepInit, check_sizes, decay, rank_of, reset_scan
 from layerzoo.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 from layerzoo.ops.linear import linear
@@ -92,6 +92,7 @@ class Mamba(nn.Module):
         inference_params: Any = None,
         *,
         seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """hidden_states (batch, length, d_model) -> the same shape.
@@ -99,24 +100,43 @@ class Mamba(nn.Module):
         Args:
             inference_params: mamba-ssm's object (`key_value_memory_dict`, `seqlen_offset`): its cache of `layer_idx` is
                 used, and allocated at first.
-            seq_idx: (batch, length), packed sequences, as in `selective_scan`.
-            cache: (conv_state, ssm_state) of `allocate_inference_cache`: read, and moved on in place. It needs
-                `torch.no_grad()`.
+            seq_idx: (batch, length), packed sequences and padding (below 0), as in `selective_scan`.
+            cu_seqlens: (sequences + 1,), packed sequences in other words, for a batch of 1, as in
+                `seq_idx_from_cu_seqlens`.
+            cache: (conv_state, ssm_state) of `allocate_inference_cache`, a row for each of the batch: read by the first
+                sequence of the row, and moved on in place behind its last. With `cu_seqlens` a row for each sequence.
+                It needs `torch.no_grad()`.
         """
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.d_model:
             raise ValueError(
                 f"Mamba: hidden_states must have shape (batch, length, d_model = {self.d_model}), "
                 f"got {tuple(hidden_states.shape)}"
             )
+        rows = hidden_states.shape[0]
+        if cu_seqlens is not None:
+            seq_idx, rows = marks_of(self, cu_seqlens, seq_idx, hidden_states), cu_seqlens.shape[0] - 1
         if inference_params is not None:
-            cache = cache_of(self, inference_params, hidden_states.shape[0])
+            cache = cache_of(self, inference_params, rows)
         if cache is not None and hidden_states.shape[1] == 1 and seq_idx is None:
             return self.step(hidden_states, *cache)[0]
-        x, z = self.in_proj(hidden_states).chunk(2, dim=2)  # b l d each
+        if cache is not None:
+            check_cache(self, *cache, rows)
+        xz = self.in_proj(hidden_states)
+        if cache is None or cu_seqlens is None:
+            y = self._mix(xz, cache, seq_idx)
+        else:
+            y = xz.new_zeros(*xz.shape[:2], self.d_inner)
+            for where, row in each_sequence(cu_seqlens, cache):
+                y[:, where] = self._mix(xz[:, where], row, None)
+        out: Tensor = self.out_proj(y)
+        return out
+
+    def _mix(self, xz: Tensor, cache: Cache | None, seq_idx: Tensor | None) -> Tensor:
+        """in_proj's output (batch, length, 2 d_inner) -> out_proj's input; the cache is moved on."""
+        inputs, z = xz.chunk(2, dim=2)  # b l d each
         weight = self.conv1d.weight.squeeze(1)
         left = None if cache is None else cache[0][:, :, 1:]
-        recent = x[:, -self.d_conv :].transpose(1, 2)
-        x = causal_conv1d(x.transpose(1, 2), weight, self.conv1d.bias, seq_idx, left, activation="silu")  # b d l
+        x = causal_conv1d(inputs.transpose(1, 2), weight, self.conv1d.bias, seq_idx, left, activation="silu")  # b d l
         y, state = selective_scan(
             **self._scan_arguments(x, z),
             return_last_state=True,
@@ -124,9 +144,8 @@ class Mamba(nn.Module):
             seq_idx=seq_idx,
         )
         if cache is not None:
-            move_on(cache, recent, state)
-        out: Tensor = self.out_proj(y.transpose(1, 2))
-        return out
+            move_on(cache, inputs, state, seq_idx)
+        return y.transpose(1, 2)
 
     def _scan_arguments(self, x: Tensor, z: Tensor) -> dict[str, Any]:
         """Of selective_scan: x (b, d, l) out of the convolution, and the gate z (b, l, d)."""
@@ -148,17 +167,30 @@ class Mamba(nn.Module):
         low, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return linear(low, self.dt_proj.weight), B, C
 
-    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token, (batch, 1, d_model), with the states (changed in place, and returned)."""
+    def step(
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, state_batch_indices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, (batch, 1, d_model), with the states (changed in place, and returned).
+
+        With `state_batch_indices` (batch,) these are pools: the row of each row of the batch, below 0 for padding, as
+        in `selective_state_update`.
+        """
         if hidden_states.shape[1] != 1:
             raise ValueError(f"Mamba.step: hidden_states must hold one token, got length {hidden_states.shape[1]}")
+        check_cache(self, conv_state, ssm_state, hidden_states.shape[0] if state_batch_indices is None else None)
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=1)  # b d each
-        x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x = causal_conv1d_update(x, conv_state, weight, bias, "silu", None, state_batch_indices)
         delta, B, C = self._select(x)
         y = selective_state_update(
-            ssm_state, x, delta, decay(self.A_log), B, C, self.D, z, self.dt_proj.bias, dt_softplus=True
+            ssm_state, x, delta, decay(self.A_log), B, C, self.D, z, self.dt_proj.bias, True, state_batch_indices
         )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a row of each state: (d_inner, d_conv) and (d_inner, d_state)."""
+        return (self.d_inner, self.d_conv), (self.d_inner, self.d_state)
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None, **kwargs: Any
@@ -167,7 +199,4 @@ class Mamba(nn.Module):
 
         Their size does not depend on `max_seqlen`, which is accepted for compatibility.
         """
-        weight = self.conv1d.weight
-        conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return conv_state, weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
+        return zero_cache(self, batch_size, dtype)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerzoo.nn.linear import Linear
-from layerzoo.nn.ssm.cache import Cache, cache_of, move_on
+from layerzoo.nn.ssm.cache import Cache, cache_of, check_cache, each_sequence, marks_of, move_on, zero_cache
 from layerzoo.nn.ssm.gated_rms_norm import GatedRMSNorm
 from layerzoo.nn.ssm.heads_update import heads_update
-from layerzoo.ops import causal_conv1d, causal_conv1d_update, seq_idx_from_cu_seqlens, ssd_chunk_scan
+from layerzoo.ops import causal_conv1d, causal_conv1d_update, ssd_chunk_scan
 
 
 class _Projected(NamedTuple):
@@ -166,12 +166,14 @@ class Mamba2(nn.Module):
 
         Args:
             seqlen: u and the result are (batch * seqlen, d_model) instead.
-            seq_idx: (batch, length), packed sequences, as in `ssd_chunk_scan`.
-            cu_seqlens: (sequences + 1,), the same in other words, for a batch of 1, as in `seq_idx_from_cu_seqlens`.
+            seq_idx: (batch, length), packed sequences and padding (below 0), as in `ssd_chunk_scan`.
+            cu_seqlens: (sequences + 1,), packed sequences in other words, for a batch of 1, as in
+                `seq_idx_from_cu_seqlens`.
             inference_params: mamba-ssm's object (`key_value_memory_dict`, `seqlen_offset`): its cache of `layer_idx` is
                 used, and allocated at first.
-            cache: (conv_state, ssm_state) of `allocate_inference_cache`: read, and moved on in place. It needs
-                `torch.no_grad()`.
+            cache: (conv_state, ssm_state) of `allocate_inference_cache`, a row for each of the batch: read by the first
+                sequence of the row, and moved on in place behind its last. With `cu_seqlens` a row for each sequence.
+                It needs `torch.no_grad()`.
         """
         shape = u.shape
         if seqlen is not None:
@@ -183,15 +185,27 @@ class Mamba2(nn.Module):
             u = u.unflatten(0, (-1, seqlen))
         if u.dim() != 3 or u.shape[2] != self.d_model:
             raise ValueError(f"Mamba2: u must have shape (batch, length, d_model = {self.d_model}), got {tuple(shape)}")
+        rows = u.shape[0]
         if cu_seqlens is not None:
-            seq_idx = self._marks(cu_seqlens, seq_idx, u)
+            seq_idx, rows = marks_of(self, cu_seqlens, seq_idx, u), cu_seqlens.shape[0] - 1
         if inference_params is not None:
-            cache = cache_of(self, inference_params, u.shape[0])
+            cache = cache_of(self, inference_params, rows)
         if cache is not None and u.shape[1] == 1 and seq_idx is None:
             return self.step(u, *cache)[0].view(shape)
+        if cache is not None:
+            check_cache(self, *cache, rows)
         part = self._project(u)
+        if cache is None or cu_seqlens is None:
+            y = self._mix(part, cache, seq_idx)
+        else:
+            y = part.z.new_zeros(part.z.shape)
+            for where, row in each_sequence(cu_seqlens, cache):
+                y[:, where] = self._mix(_Projected(*(x[:, where] for x in part)), row, None)
+        return self._finish(y, part).view(shape)
+
+    def _mix(self, part: _Projected, cache: Cache | None, seq_idx: Tensor | None) -> Tensor:
+        """The output of the scan, (batch, length, d_ssm); the cache is moved on."""
         left = None if cache is None else cache[0][:, :, 1:]
-        recent = part.xBC[:, -self.d_conv :].transpose(1, 2)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         xBC = causal_conv1d(part.xBC.transpose(1, 2), weight, bias, seq_idx, left, activation="silu").transpose(1, 2)
         x, B, C = self._split(xBC)
@@ -212,15 +226,8 @@ class Mamba2(nn.Module):
             return_final_states=True,
         )
         if cache is not None:
-            move_on(cache, recent, state)
-        return self._finish(y.flatten(2), part).view(shape)
-
-    def _marks(self, cu_seqlens: Tensor, seq_idx: Tensor | None, u: Tensor) -> Tensor:
-        if seq_idx is not None:
-            raise ValueError("Mamba2: seq_idx and cu_seqlens say the same thing, give one of them")
-        if u.shape[0] != 1:
-            raise ValueError(f"Mamba2: cu_seqlens needs a batch of 1, got {u.shape[0]}")
-        return seq_idx_from_cu_seqlens(cu_seqlens, u.shape[1])
+            move_on(cache, part.xBC, state, seq_idx)
+        return y.flatten(2)
 
     def _project(self, u: Tensor) -> _Projected:
         mlp = self.d_inner - self.d_ssm
@@ -251,20 +258,33 @@ class Mamba2(nn.Module):
         out: Tensor = self.out_proj(y)
         return out
 
-    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token, (batch, 1, d_model), with the states (changed in place, and returned)."""
+    def step(
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, state_batch_indices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, (batch, 1, d_model), with the states (changed in place, and returned).
+
+        With `state_batch_indices` (batch,) these are pools: the row of each row of the batch, below 0 for padding, as
+        in `selective_state_update`.
+        """
         if hidden_states.shape[1] != 1:
             raise ValueError(f"Mamba2.step: hidden_states must hold one token, got length {hidden_states.shape[1]}")
+        check_cache(self, conv_state, ssm_state, hidden_states.shape[0] if state_batch_indices is None else None)
         part = self._project(hidden_states.squeeze(1))
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        x, B, C = self._split(causal_conv1d_update(part.xBC, conv_state, weight, bias, "silu"))
+        xBC = causal_conv1d_update(part.xBC, conv_state, weight, bias, "silu", None, state_batch_indices)
+        x, B, C = self._split(xBC)
         z = None if self.rmsnorm else part.z.unflatten(1, (self.nheads, -1))
         dt, dt_bias, softplus = part.dt, cast("Tensor | None", self.dt_bias), True
         if self.dt_limit != (0.0, math.inf):  # which the step of mamba-ssm forgets
             wide = dt.to(self.dt_bias.dtype) + self.dt_bias
             dt, dt_bias, softplus = F.softplus(wide).clamp(*self.dt_limit), None, False
-        y = heads_update(ssm_state, x, dt, self._decay(), B, C, self._skip(), z, dt_bias, softplus)
+        y = heads_update(ssm_state, x, dt, self._decay(), B, C, self._skip(), z, dt_bias, softplus, state_batch_indices)
         return self._finish(y.flatten(1), part).unsqueeze(1), conv_state, ssm_state
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a row of each state: (d_ssm + 2 ngroups d_state, d_conv) and (heads, headdim, d_state)."""
+        return (self.conv1d.weight.shape[0], self.d_conv), (self.nheads, self.headdim, self.d_state)
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None, **kwargs: Any
@@ -274,8 +294,4 @@ class Mamba2(nn.Module):
 
         Their size does not depend on `max_seqlen`, which is accepted for compatibility.
         """
-        weight = self.conv1d.weight
-        conv_state = weight.new_zeros(batch_size, weight.shape[0], self.d_conv, dtype=dtype)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        shape = (batch_size, self.nheads, self.headdim, self.d_state)
-        return conv_state, weight.new_zeros(shape, dtype=wide)
+        return zero_cache(self, batch_size, dtype)

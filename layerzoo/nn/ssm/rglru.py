@@ -75,12 +75,12 @@ class RGLRU(nn.Module):
         """
         return self._recur(x, None, segment_pos)[0]
 
-    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, state: Tensor | None = None, segment_pos: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next steps, one or more: (batch, length, width) and the state -> (output, state after them).
 
-        A state is (batch, width), in float32 or wider; None is the start of a sequence.
+        A state is (batch, width), in float32 or wider; None is the start of a sequence. `segment_pos` as in forward.
         """
-        y, h = self._recur(x, state, None)
+        y, h = self._recur(x, state, segment_pos)
         if h.shape[1] == 0:
             return y, h.new_zeros(h.shape[0], self.width) if state is None else state
         return y, h[:, -1]
