@@ -398,8 +398,9 @@ ssd_grad_pairs_kernel(const CudaSsdArgs a) {
       static_cast<S*>(a.grad_products)[(item * Q + t) * Q + s] = grad;
       pairs[t][s] = counts && s < t ? chunk.product(t, s) * grad : S(0);
     });
-    __syncthreads();   // all pairs are there
-    if (thread < Q) {  // pairs[r][s] becomes the sum over t >= r
+    __syncthreads();  // all pairs are there
+    if (thread < Q) {
+      // pairs[r][s] becomes the sum over t >= r.
       S sum = 0;
       for (int t = Q - 1; t >= 0; --t) pairs[t][thread] = sum += pairs[t][thread];
     }
