@@ -68,14 +68,18 @@ using SsdCells = S[kSsdCells][kSsdCells];
 
 enum class Along { kDepth, kSide };  // in which direction an operand's elements lie together
 
-// f(row, column, cell) for this thread's cells of a tile.
+struct SsdAt {  // row and column of cell [i][j] of this thread
+  int i, j, row, column;
+};
+
+// f(at, cell) for this thread's cells of a tile.
 template <class S, class F>
 LZ_DEVICE void for_each_cell(SsdCells<S>& cells, const F& f) {
   const int row = threadIdx.x / kSsdLanes, column = threadIdx.x % kSsdLanes;
   LZ_UNROLL
   for (int i = 0; i < kSsdCells; ++i) {
     LZ_UNROLL
-    for (int j = 0; j < kSsdCells; ++j) f(row + i * kSsdLanes, column + j * kSsdLanes, cells[i][j]);
+    for (int j = 0; j < kSsdCells; ++j) f(SsdAt{i, j, row + i * kSsdLanes, column + j * kSsdLanes}, cells[i][j]);
   }
 }
 
@@ -120,11 +124,11 @@ struct SsdProduct {
   }
 };
 
-// rows[row] += the sum of f(row, column, cell) over a tile's columns.
+// rows[row] += the sum of f(at, cell) over a tile's columns.
 template <class S, class F>
 LZ_DEVICE void add_rows(SsdCells<S>& cells, const F& f, S* rows) {
   S sums[kSsdCells] = {};
-  for_each_cell<S>(cells, [&](int row, int column, S& v) { sums[row / kSsdLanes] += f(row, column, v); });
+  for_each_cell<S>(cells, [&](SsdAt at, S v) { sums[at.i] += f(at, v); });
   LZ_UNROLL
   for (int i = 0; i < kSsdCells; ++i) {
     for (int d = kSsdLanes / 2; d > 0; d /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], d, kSsdLanes);
@@ -221,7 +225,7 @@ struct SsdChunk {
 // ---- time ----
 
 // Where sequences begin, as csrc/ssm/values.h has it: at an id other than the last one that is no padding.
-inline LZ_KERNEL(kSsdChunk) ssd_marks_kernel(const CudaSsdArgs a) {
+LZ_KERNEL(kSsdChunk) ssd_marks_kernel(const CudaSsdArgs a) {
   constexpr int Q = kSsdChunk;
   LZ_SHARED(ids, int64_t[Q]);
   const int t = threadIdx.x;
@@ -293,7 +297,8 @@ ssd_products_kernel(const CudaSsdArgs a) {
     SsdProduct<S>{left, right}.add(
         a.n, Along::kDepth, [&](int64_t n, int t) { return chunk.C(t, n); }, Along::kDepth,
         [&](int64_t n, int s) { return chunk.B(s, n); }, cells);
-    for_each_cell<S>(cells, [&](int t, int s, S& v) { static_cast<S*>(a.products)[(item * Q + t) * Q + s] = v; });
+    for_each_cell<S>(cells,
+                     [&](SsdAt at, S v) { static_cast<S*>(a.products)[(item * Q + at.row) * Q + at.column] = v; });
   }
 }
 
@@ -321,8 +326,8 @@ ssd_states_kernel(const CudaSsdArgs a) {
         [&](int64_t t, int column) { return kBackward ? chunk.grad_y(t, p0 + column) : chunk.x(t, p0 + column); },
         cells);
     S* to = chunk.state_of(kBackward ? a.carries : a.states);
-    for_each_cell<S>(cells, [&](int row, int column, S& v) {
-      if (n0 + row < a.n && p0 + column < a.p) to[(n0 + row) * a.p + p0 + column] = v;
+    for_each_cell<S>(cells, [&](SsdAt at, S v) {
+      if (n0 + at.row < a.n && p0 + at.column < a.p) to[(n0 + at.row) * a.p + p0 + at.column] = v;
     });
   }
 }
@@ -364,8 +369,9 @@ ssd_output_kernel(const CudaSsdArgs a) {
     SsdCells<S> cells = {};
     chunk.read_state(tiles, p0, cells);
     chunk.read_inputs(tiles, p0, cells);
-    for_each_cell<S>(cells, [&](int t, int column, S& v) {
-      const int64_t p = p0 + column;
+    for_each_cell<S>(cells, [&](SsdAt at, S v) {
+      const int t = at.row;
+      const int64_t p = p0 + at.column;
       if (!chunk.inside(t) || p >= a.p) return;
       const S y = a.D ? v + chunk.D(p) * chunk.x(t, p) : v;
       const S gated = a.z.data ? y * silu(chunk.z(t, p)) : y;
@@ -392,7 +398,8 @@ ssd_grad_pairs_kernel(const CudaSsdArgs a) {
     SsdProduct<S>{left, right}.add(
         a.p, Along::kDepth, [&](int64_t p, int t) { return chunk.grad_y(t, p); }, Along::kDepth,
         [&](int64_t p, int s) { return chunk.x(s, p); }, cells);
-    for_each_cell<S>(cells, [&](int t, int s, S& v) {
+    for_each_cell<S>(cells, [&](SsdAt at, S v) {
+      const int t = at.row, s = at.column;
       const bool counts = chunk.live[t] && chunk.live[s] && chunk.meet(s, t);
       const S grad = counts ? v * chunk.between(s, t) * chunk.step[s] : S(0);
       static_cast<S*>(a.grad_products)[(item * Q + t) * Q + s] = grad;
@@ -456,19 +463,20 @@ ssd_grad_inputs_kernel(const CudaSsdArgs a) {
     if (thread < Q) sums.readout[thread] = sums.into[thread] = sums.direct[thread] = 0;
     __syncthreads();  // sums are zero
     for (int64_t p0 = 0; p0 < a.p; p0 += Q) {
-      SsdCells<S> y = {}, grad = {};
+      SsdCells<S> x, grad_y, y = {}, grad = {};  // grad: of dt x
+      for_each_cell<S>(x, [&](SsdAt at, S& v) { v = chunk.x(at.row, p0 + at.column); });
+      for_each_cell<S>(grad_y, [&](SsdAt at, S& v) { v = chunk.grad_y(at.row, p0 + at.column); });
       chunk.read_state(tiles, p0, y);
       add_rows<S>(
-          y, [&](int t, int column, S v) { return chunk.first[t] < 0 ? v * chunk.grad_y(t, p0 + column) : S(0); },
-          sums.readout);
+          y, [&](SsdAt at, S v) { return chunk.first[at.row] < 0 ? v * grad_y[at.i][at.j] : S(0); }, sums.readout);
       if (a.z.data) {
         chunk.read_inputs(tiles, p0, y);
-        for_each_cell<S>(y, [&](int t, int column, S& v) {
-          const int64_t p = p0 + column;
-          if (!chunk.inside(t) || p >= a.p) return;
-          const S slope = chunk.grad_out(t, p) * silu_slope(chunk.z(t, p));
-          const S whole = a.D ? v + chunk.D(p) * chunk.x(t, p) : v;
-          store<S>(a.grad_z, chunk.b, chunk.t0 + t, chunk.h, p, chunk.live[t] ? slope * whole : S(0));
+        for_each_cell<S>(y, [&](SsdAt at, S v) {
+          const int64_t p = p0 + at.column;
+          if (!chunk.inside(at.row) || p >= a.p) return;
+          const S slope = chunk.grad_out(at.row, p) * silu_slope(chunk.z(at.row, p));
+          const S whole = a.D ? v + chunk.D(p) * x[at.i][at.j] : v;
+          store<S>(a.grad_z, chunk.b, chunk.t0 + at.row, chunk.h, p, chunk.live[at.row] ? slope * whole : S(0));
         });
       }
       tiles.add(
@@ -476,8 +484,7 @@ ssd_grad_inputs_kernel(const CudaSsdArgs a) {
           [&](int64_t n, int s) { return chunk.meet(s, Q - 1) ? chunk.B(s, n) * chunk.to_end(s) : S(0); }, Along::kSide,
           [&](int64_t n, int column) { return chunk.carry(n, p0 + column); }, grad);
       add_rows<S>(
-          grad,
-          [&](int s, int column, S v) { return chunk.live[s] ? v * chunk.step[s] * chunk.x(s, p0 + column) : S(0); },
+          grad, [&](SsdAt at, S v) { return chunk.live[at.row] ? v * chunk.step[at.row] * x[at.i][at.j] : S(0); },
           sums.into);
       tiles.add(
           Q, Along::kSide,
@@ -485,14 +492,13 @@ ssd_grad_inputs_kernel(const CudaSsdArgs a) {
             return chunk.live[s] && chunk.meet(s, t) ? chunk.product(t, s) * chunk.between(s, t) : S(0);
           },
           Along::kSide, [&](int64_t t, int column) { return chunk.grad_y(t, p0 + column); }, grad);
-      add_rows<S>(
-          grad, [&](int s, int column, S v) { return chunk.live[s] ? v * chunk.x(s, p0 + column) : S(0); },
-          sums.direct);
-      for_each_cell<S>(grad, [&](int s, int column, S& v) {
-        const int64_t p = p0 + column;
-        if (!chunk.inside(s) || p >= a.p) return;
-        const S input = chunk.step[s] * v, whole = a.D ? input + chunk.D(p) * chunk.grad_y(s, p) : input;
-        store<S>(a.grad_x, chunk.b, chunk.t0 + s, chunk.h, p, chunk.live[s] ? whole : S(0));
+      add_rows<S>(grad, [&](SsdAt at, S v) { return chunk.live[at.row] ? v * x[at.i][at.j] : S(0); }, sums.direct);
+      for_each_cell<S>(grad, [&](SsdAt at, S v) {
+        const int64_t p = p0 + at.column;
+        if (!chunk.inside(at.row) || p >= a.p) return;
+        const S input = chunk.step[at.row] * v;
+        const S whole = a.D ? input + chunk.D(p) * grad_y[at.i][at.j] : input;
+        store<S>(a.grad_x, chunk.b, chunk.t0 + at.row, chunk.h, p, chunk.live[at.row] ? whole : S(0));
       });
     }
 
@@ -562,7 +568,8 @@ ssd_grad_coefficients_kernel(const CudaSsdArgs a) {
       tiles.add(
           Q, Along::kSide, [&](int64_t t, int s) { return grad_product(t, s); }, Along::kSide,
           [&](int64_t t, int column) { return chunk.C(t, n0 + column); }, cells);
-    for_each_cell<S>(cells, [&](int t, int column, S& v) {
+    for_each_cell<S>(cells, [&](SsdAt at, S v) {
+      const int t = at.row, column = at.column;
       if (chunk.inside(t) && n0 + column < a.n)
         store<S>(kOfC ? a.grad_C : a.grad_B, chunk.b, chunk.t0 + t, chunk.g, n0 + column, chunk.live[t] ? v : S(0));
     });
