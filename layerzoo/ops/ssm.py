@@ -379,7 +379,8 @@ def selective_state_update(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or one that needs a gradient.
-        RuntimeError: an index that is no row of `state`, or a row that has two.
+        RuntimeError: an index that is no row of `state`, or a row that has two (the kernel on CUDA does not look: set
+            LAYERZOO_CHECK=1; there an index that is no row gives NaN).
     """
     op = "selective_state_update"
     check_rank(op, "x", x, ("(batch, channels)", "(batch, heads, channels)"))
@@ -411,6 +412,8 @@ def selective_state_update(
             check_tensor(op, name, row, f"({middle})" if heads else "(channels,)", inner, device)
     check_writable(op, "state", state)
     check_no_gradient(op, state, x, dt, A, B, C, D, z, dt_bias)
+    if x.is_cuda and env.check():
+        reference.check_rows(op, "state_batch_indices", state_batch_indices, rows)
     out: Tensor = _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     return out
 
@@ -607,7 +610,8 @@ def causal_conv1d_update(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or one that needs a gradient.
-        RuntimeError: a negative length, an index that is no row of `conv_state`, or a row that has two.
+        RuntimeError: a negative length, an index that is no row of `conv_state`, or a row that has two (the kernel on
+            CUDA does not look: set LAYERZOO_CHECK=1; there an index that is no row gives NaN).
     """
     op = "causal_conv1d_update"
     check_rank(op, "x", x, ("(batch, channels)", "(batch, channels, length)"))
@@ -628,6 +632,9 @@ def causal_conv1d_update(
     silu = _silu(op, activation)
     check_writable(op, "conv_state", conv_state)
     check_no_gradient(op, x, conv_state, weight, bias)
+    if x.is_cuda and env.check():
+        reference.check_rows(op, "conv_state_indices", conv_state_indices, rows)
+        reference.check_lengths(op, cache_seqlens, conv_state_indices)
     out: Tensor = _conv_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     return out
 

@@ -28,7 +28,10 @@ from cases import (
 )
 from emulation import COMPILER
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++ on Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++ on Linux"),
+]
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 3e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 LETTERS = {"b": "batch", "h": "head", "c": "channel", "n": "time"}  # of HeadOperand's strides

@@ -31,7 +31,10 @@ from cases import (
 )
 from emulation import COMPILER
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++ on Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++ on Linux"),
+]
 
 Q = 64  # steps of a chunk, and the side of a tile
 AXES = ("batch", "time", "head", "lane")
