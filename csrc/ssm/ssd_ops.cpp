@@ -7,6 +7,7 @@
 
 #include "../common/calls.h"
 #include "../common/pages.h"
+#include "ssd_args.h"
 #include "values.h"
 
 namespace layerzoo {
@@ -16,44 +17,18 @@ CallCounter calls("ssd_chunk_scan"), backward_calls("ssd_chunk_scan_backward");
 
 constexpr double kProductNanoseconds = 0.03;  // per multiply-add on one AVX2 core
 
-// (b, l, h, p), or (b, l, h).
-Heads heads(const Tensor& t, const char* name) {
-  Heads x;
-  x.data = t.data_ptr(), x.dtype = dtype_of(t, name);
-  x.batch = t.stride(0), x.time = t.stride(1), x.head = t.stride(2), x.lane = t.dim() == 4 ? t.stride(3) : 0;
-  return x;
-}
-
-Heads heads(const OptionalTensor& t, const char* name) { return t ? heads(*t, name) : Heads{}; }
-
 // What both passes share. The tensors keep alive what `args` points at.
-struct Ssd {
-  ScalarType type;
-  Tensor A, packed;
-  OptionalTensor D, bias, initial;
+struct Ssd : SsdParameters {
+  Tensor packed;
   std::vector<uint8_t> marks;
 
   template <class Args>
   Args prepare(const Tensor& x, const Tensor& dt, const Tensor& B, const Tensor& C, const OptionalTensor& z,
                const OptionalTensor& seq_idx, bool softplus, double low, double high) {
-    Args a{};
-    a.f64 = type == ScalarType::Double, a.softplus = softplus, a.low = low, a.high = high;
-    a.b = x.size(0), a.l = x.size(1), a.h = x.size(2), a.p = x.size(3), a.g = B.size(2), a.n = B.size(3);
-    STD_TORCH_CHECK(a.g > 0 && a.h % a.g == 0, "ssd_chunk_scan: the heads must divide into the groups of B and C");
-    check_shape(dt, "dt", {a.b, a.l, a.h});
-    check_shape(B, "B", {a.b, a.l, a.g, a.n});
-    check_shape(C, "C", {a.b, a.l, a.g, a.n});
-    check_shape(z, "z", {a.b, a.l, a.h, a.p});
-    check_shape(A, "A", {a.h});
-    a.wide_D = D && D->dim() == 2;
-    a.wide_D ? check_shape(D, "D", {a.h, a.p}) : check_shape(D, "D", {a.h});
-    check_shape(bias, "dt_bias", {a.h});
-    check_shape(initial, "initial_states", {a.b, a.h, a.p, a.n});
+    Args a = arguments<Args>(x, dt, B, C, z, softplus, low, high);
     check_no_nan(A, "ssd_chunk_scan");
     marks = scan_marks(sequence_marks(seq_idx, "ssd_chunk_scan", a.b, a.l), a.b, a.l, false);
     a.marks = marks.empty() ? nullptr : marks.data();
-    a.x = heads(x, "x"), a.dt = heads(dt, "dt"), a.z = heads(z, "z"), a.B = heads(B, "B"), a.C = heads(C, "C");
-    a.A = A.data_ptr(), a.D = data_or_null(D), a.bias = data_or_null(bias), a.initial = data_or_null(initial);
     packed = torch::stable::new_empty(x, {a.b * a.g * a.chunks() * kernels().ssm.ssd_packed_size(a)}, type);
     a.packed = packed.data_ptr();
     const SsdArgs& plain = a;
@@ -62,14 +37,9 @@ struct Ssd {
     return a;
   }
 
-  Ssd(const Tensor& x, const Tensor& A_, const OptionalTensor& D_, const OptionalTensor& bias_,
-      const OptionalTensor& initial_)
-      : type(accumulate_type(x)),
-        A(contiguous_as(A_, type)),
-        packed(A),
-        D(contiguous_as(D_, type)),
-        bias(contiguous_as(bias_, type)),
-        initial(contiguous_as(initial_, type)) {}
+  Ssd(const Tensor& x, const Tensor& A, const OptionalTensor& D, const OptionalTensor& bias,
+      const OptionalTensor& initial)
+      : SsdParameters(x, A, D, bias, initial), packed(this->A) {}
 };
 
 // Of `products` sums over the states for each step and channel.

@@ -9,6 +9,7 @@
 #include "../common/checks.h"
 #include "../common/parallel.h"
 #include "../kernels.h"
+#include "state_update_args.h"
 
 namespace layerzoo {
 namespace {
@@ -100,55 +101,17 @@ Tensor causal_conv1d_update(const Tensor& x, Tensor conv_state, const Tensor& we
   return out;
 }
 
-// A tensor of selective_state_update by its dimensions, one letter each: b(atch), h(ead), c(hannel), n (state). In the
-// plain form, where all channels are one head, the h is missing.
-HeadOperand by_letters(const Tensor& t, const char* name, const char* letters, bool heads) {
-  HeadOperand o{{t.data_ptr(), dtype_of(t, name)}};
-  for (int64_t i = 0; *letters; ++letters) {
-    if (*letters == 'h' && !heads) continue;
-    (*letters == 'b' ? o.batch : *letters == 'h' ? o.head : *letters == 'c' ? o.channel : o.time) = t.stride(i++);
-  }
-  return o;
-}
-
-HeadOperand by_letters(const OptionalTensor& t, const char* name, const char* letters, bool heads) {
-  return t ? by_letters(*t, name, letters, heads) : HeadOperand{};
-}
-
 // Both forms: x (batch, channels), or (batch, heads, channels) with groups of heads.
 Tensor selective_state_update(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
                               const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
                               const OptionalTensor& bias, bool dt_softplus, const OptionalTensor& state_batch_indices) {
   ++state_update_calls;
-  const bool heads = x.dim() == 3;
-  STD_TORCH_CHECK(heads || x.dim() == 2, "selective_state_update: x must have two or three dimensions");
-  STD_TORCH_CHECK(A.dim() == (heads ? 3 : 2) && B.dim() == A.dim() && state.dim() == A.dim() + 1,
-                  "selective_state_update: A and B must have as many dimensions as x, and state one more");
-  StateUpdateArgs a{};
-  a.f64 = accumulate_type(x) == ScalarType::Double, a.softplus = dt_softplus;
-  a.b = x.size(0), a.h = heads ? x.size(1) : 1, a.p = x.size(-1), a.n = A.size(-1), a.g = heads ? B.size(1) : 1;
-  STD_TORCH_CHECK(a.g > 0 && a.h % a.g == 0,
-                  "selective_state_update: the heads must divide into the groups of B and C");
-  const auto shaped = [heads](const auto& t, const char* name, std::initializer_list<int64_t> in_heads,
-                              std::initializer_list<int64_t> plain) { check_shape(t, name, heads ? in_heads : plain); };
-  const int64_t rows = state_batch_indices ? state.size(0) : a.b;
-  shaped(state, "state", {rows, a.h, a.p, a.n}, {rows, a.p, a.n});
-  shaped(dt, "dt", {a.b, a.h, a.p}, {a.b, a.p});
-  shaped(z, "z", {a.b, a.h, a.p}, {a.b, a.p});
-  shaped(A, "A", {a.h, a.p, a.n}, {a.p, a.n});
-  shaped(B, "B", {a.b, a.g, a.n}, {a.b, a.n});
-  shaped(C, "C", {a.b, a.g, a.n}, {a.b, a.n});
-  shaped(D, "D", {a.h, a.p}, {a.p});
-  shaped(bias, "dt_bias", {a.h, a.p}, {a.p});
-  const auto slots = rows_of_pool(state_batch_indices, "selective_state_update", "state_batch_indices", a.b, rows);
-  if (state_batch_indices) a.slots = slots.data();
   Tensor out = torch::stable::empty_like(x);
-  a.state = by_letters(state, "state", "bhcn", heads);
-  a.x = by_letters(x, "x", "bhc", heads), a.dt = by_letters(dt, "dt", "bhc", heads);
-  a.z = by_letters(z, "z", "bhc", heads), a.out = by_letters(out, "out", "bhc", heads);
-  a.A = by_letters(A, "A", "hcn", heads), a.D = by_letters(D, "D", "hc", heads);
-  a.bias = by_letters(bias, "dt_bias", "hc", heads);
-  a.B = by_letters(B, "B", "bhn", heads), a.C = by_letters(C, "C", "bhn", heads);
+  auto a = state_update_args<StateUpdateArgs>(state, x, dt, A, B, C, D, z, bias, dt_softplus,
+                                              state_batch_indices.has_value(), out);
+  const auto slots =
+      rows_of_pool(state_batch_indices, "selective_state_update", "state_batch_indices", a.b, state.size(0));
+  if (state_batch_indices) a.slots = slots.data();
   parallel(a.tasks(), (a.one_decay() ? 0.3 : 0.5) * kUpdateUnit * static_cast<double>(a.n + 8),
            [&](int64_t, int64_t begin, int64_t end) { kernels().ssm.selective_state_update(a, begin, end); });
   return out;

@@ -290,24 +290,35 @@ def causal_conv1d_backward(
     )
 
 
-def _rows_of_pool(op: str, name: str, indices: Tensor | None, batch: int, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows of the batch that are no padding, the row of `state` that each of them has), as indices.
-
-    Raises RuntimeError for an index that is no row of `state`, or a row that has two.
-    """
+def check_rows(op: str, name: str, indices: Tensor | None, rows: int) -> None:
+    """Raises RuntimeError for an index that is no row of a pool of states, or a row that has two; below 0 is none."""
     if indices is None:
-        every = torch.arange(batch, device=state.device)
-        return every, every
+        return
     for i, index in enumerate(indices.tolist()):
-        if index >= state.shape[0]:
-            raise RuntimeError(
-                f"{op}: {name} must be below the {state.shape[0]} rows of the state, but {name}[{i}] = {index}"
-            )
-    used = (indices >= 0).nonzero()[:, 0]
-    slots, counts = indices[used].unique(return_counts=True)
+        if index >= rows:
+            raise RuntimeError(f"{op}: {name} must be below the {rows} rows of the state, but {name}[{i}] = {index}")
+    slots, counts = indices[indices >= 0].unique(return_counts=True)
     if (counts > 1).any():
         twice = slots[counts > 1][0]
         raise RuntimeError(f"{op}: {name} must not name a row of the state twice, but {twice} is there twice")
+
+
+def check_lengths(op: str, lengths: Tensor | None, indices: Tensor | None) -> None:
+    """Raises RuntimeError for a negative length in a row of the batch that is no padding."""
+    if lengths is None:
+        return
+    wrong = lengths < 0 if indices is None else (lengths < 0) & (indices >= 0)
+    for i in wrong.nonzero()[:, 0].tolist():
+        raise RuntimeError(f"{op}: cache_seqlens must not be negative, but cache_seqlens[{i}] = {lengths[i].item()}")
+
+
+def _rows_of_pool(op: str, name: str, indices: Tensor | None, batch: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows of the batch that are no padding, the row of `state` that each of them has), as indices."""
+    check_rows(op, name, indices, state.shape[0])
+    if indices is None:
+        every = torch.arange(batch, device=state.device)
+        return every, every
+    used = (indices >= 0).nonzero()[:, 0]
     return used, indices[used].long()
 
 
@@ -332,11 +343,8 @@ def causal_conv1d_update(
     used, slots = _rows_of_pool(op, "conv_state_indices", conv_state_indices, batch, conv_state)
     state, inputs = conv_state[slots], x[used]
     if cache_seqlens is not None:
+        check_lengths(op, cache_seqlens, conv_state_indices)
         past = cache_seqlens[used].long()
-        for i in used[past < 0].tolist():
-            raise RuntimeError(
-                f"{op}: cache_seqlens must not be negative, but cache_seqlens[{i}] = {cache_seqlens[i].item()}"
-            )
         # where in the ring each of its inputs stands, from the oldest to the newest
         ring = ((past[:, None] + torch.arange(kept, device=x.device)) % max(kept, 1)).unsqueeze(1)
         ring = ring.expand(-1, channels, -1)

@@ -334,7 +334,7 @@ void array(const char* name, const void* data, size_t bytes, unsigned element, A
   if (!kShadow || bytes == 0) return;
   arrays.push_back({name, reinterpret_cast<uintptr_t>(data), bytes, element, access, nullptr, {}});
   arrays.back().cells.resize(bytes / element);
-  for (Cell& cell : arrays.back().cells) cell.defined = access == kInput;
+  for (Cell& cell : arrays.back().cells) cell.defined = access != kOutput;
 }
 
 void reset(uint64_t seed) {

@@ -1,10 +1,6 @@
 """The CUDA source of causal_conv1d, run without a GPU: compiled by g++ and executed in the emulator against numpy."""
 
 import ctypes
-import random
-import re
-import struct
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,48 +10,56 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
-from emulation import COMPILER, CSRC, HERE, compile_kernels, library, program
+from . import oracle
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++ on Linux")
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
+from cases import (
+    DTYPES,
+    INPUT,
+    OUTPUT,
+    SEEDS,
+    Call,
+    Ids,
+    Operand,
+    assert_caught,
+    emulated,
+    mutant,
+    operand,
+    place,
+    room,
+    run_sanitized,
+)
+from emulation import COMPILER
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++ on Linux"),
+]
 
 CHANNELS, STEPS = 32, 128  # of a tile; test_tile holds them to the source
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/common/dtype.h
-TOLERANCE = {torch.float32: 3e-7, torch.float64: 1e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-INPUT, OUTPUT = 0, 1
-PAD = 256  # elements of no array on both sides of each
-
-
-class Operand(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
-    _fields_ += [(n, ctypes.c_int64) for n in ("batch", "channel", "time")]
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 3e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+BCT = ("batch", "channel", "time")
 
 
 class Arguments(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("b", "d", "l", "w")]
-    _fields_ += [(n, Operand) for n in ("x", "out", "weight", "bias", "initial")]
-    _fields_ += [("final_state", ctypes.c_void_p), ("seq_idx", ctypes.c_void_p)]
-    _fields_ += [("seq_batch", ctypes.c_int64), ("seq_time", ctypes.c_int64)]
-    _fields_ += [("seq_int64", ctypes.c_bool), ("silu", ctypes.c_bool)]
+    _fields_ += [(n, Operand) for n in ("x", "out", "weight", "bias", "initial", "grad_out")]
+    _fields_ += [("final_state", ctypes.c_void_p), ("seq_idx", Ids), ("silu", ctypes.c_bool)]
 
 
-def span(x: Tensor) -> int:
-    """Elements from the first to the last one of a strided tensor."""
-    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+class GradArguments(ctypes.Structure):
+    _fields_ = [("conv", Arguments)]
+    _fields_ += [(n, Operand) for n in ("grad_x", "grad_final", "grad_initial")]
+    _fields_ += [(n, ctypes.c_void_p) for n in ("weight_parts", "bias_parts")]
+    _fields_ += [(n, Operand) for n in ("grad_weight", "grad_bias")]
 
 
-def place(x: Tensor) -> Tensor:
-    """The same values and strides in memory of their own, with room around; gaps and room hold NaN (or 2^31 - 1)."""
-    filler = torch.nan if x.is_floating_point() else 2**31 - 1
-    flat = torch.full((span(x) + 2 * PAD,), filler, dtype=x.dtype)
-    return flat.as_strided(x.shape, x.stride(), PAD).copy_(x)
+def numpy(x: Tensor | None) -> np.ndarray | None:
+    return None if x is None else x.double().numpy()
 
 
-def operand(x: Tensor | None, axes: str) -> Operand:
-    if x is None:
-        return Operand()
-    strides = dict(zip(axes, x.stride(), strict=True))
-    return Operand(x.data_ptr(), DTYPES.index(x.dtype), *(strides.get(a, 0) for a in "bct"))
+def contiguous(x: Tensor | None) -> Operand:
+    return Operand() if x is None else Operand(x.data_ptr(), DTYPES.index(x.dtype))
 
 
 @dataclass
@@ -66,63 +70,74 @@ class Case:
     initial: Tensor | None
     seq_idx: Tensor | None
     silu: bool
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        b, d, _ = self.x.shape
+        (b, d, _), w = self.x.shape, self.weight.shape[1]
+        self.inputs = {name: (getattr(self, name), INPUT) for name in ("x", "weight", "bias", "initial", "seq_idx")}
+        ids = None if self.seq_idx is None else self.seq_idx.numpy()
+        x, weight, bias, initial = map(numpy, (self.x, self.weight, self.bias, self.initial))
+        self.oracle = (x, weight, bias, ids, initial, self.silu)
         self.out = place(torch.empty_like(self.x))
-        self.final = place(torch.empty(b, d, self.weight.shape[1] - 1, dtype=self.x.dtype))
-
-    def arrays(self) -> list[Tensor | None]:
-        return [self.out, self.final, self.x, self.weight, self.bias, self.initial, self.seq_idx]
+        self.final = room(b, d, w - 1, dtype=self.x.dtype)
 
     def arguments(self) -> Arguments:
-        seq = self.seq_idx
-        args = Arguments(*self.x.shape, self.weight.shape[1])
-        args.x, args.out, args.initial = (operand(x, "bct") for x in (self.x, self.out, self.initial))
-        args.weight, args.bias, args.silu = operand(self.weight, "ct"), operand(self.bias, "c"), self.silu
+        args = Arguments(*self.x.shape, self.weight.shape[1], silu=self.silu)
+        args.x, args.out, args.initial = (operand(Operand, x, *BCT) for x in (self.x, self.out, self.initial))
+        args.weight = operand(Operand, self.weight, "channel", "time")
+        args.bias, args.seq_idx = operand(Operand, self.bias, "channel"), operand(Ids, self.seq_idx, "batch", "time")
         args.final_state = self.final.data_ptr()
-        if seq is not None:
-            args.seq_idx, args.seq_int64 = seq.data_ptr(), seq.dtype == torch.int64
-            args.seq_batch, args.seq_time = seq.stride()
         return args
 
-    def run(self, emulated: ctypes.CDLL, seed: int, max_blocks: int = 3) -> str:
-        self.seed = seed
-        emulated.emu_reset(seed)
-        for name, x in zip(("out", "final", "x", "weight", "bias", "initial", "seq_idx"), self.arrays(), strict=True):
-            if x is not None:
-                access = OUTPUT if name in ("out", "final") else INPUT
-                emulated.emu_array(name.encode(), x.data_ptr(), span(x) * x.itemsize, x.itemsize, access)
-        return emulated.causal_conv1d(ctypes.byref(self.arguments()), max_blocks).decode()
+    def call(self) -> Call:
+        outputs = {"out": (self.out, OUTPUT), "final": (self.final, OUTPUT)}
+        return Call("causal_conv1d", 0, self.arguments(), outputs | self.inputs)
 
     def check(self) -> None:
-        out, final = oracle(self)
-        error = np.linalg.norm(numpy(self.out) - out) / max(np.linalg.norm(out), 1e-30)
-        assert error <= TOLERANCE[self.x.dtype], f"out is off by {error:.1e} in norm, seed {self.seed}"
-        copies = torch.from_numpy(final).to(self.x.dtype)
-        assert torch.equal(self.final, copies), f"final states are not copies, seed {self.seed}"
+        out, final = oracle.causal_conv1d(*self.oracle)
+        oracle.assert_close("out", self.out, out, TOLERANCE[self.x.dtype])
+        assert torch.equal(self.final, torch.from_numpy(final).to(self.x.dtype)), "final states are not copies"
 
 
-def numpy(x: Tensor) -> np.ndarray:
-    return x.double().numpy()
+class GradCase(Case):
+    """The backward of a case, with random gradients of both outputs, or of the first alone."""
 
+    def __init__(self, forward: Case, grad_final: bool = True):
+        super().__init__(*(getattr(forward, name) for name in Case.__dataclass_fields__))
+        (b, d, length), w = self.x.shape, self.weight.shape[1]
+        acc = torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        self.grad_out = place(torch.randn(b, length, d, dtype=self.x.dtype).transpose(1, 2))
+        self.grad_final = place(torch.randn(b, d, w - 1, dtype=self.x.dtype)) if grad_final else None
+        self.parts = b * -(-(length + (w - 1 if self.initial is not None else 0)) // STEPS)
+        self.scratch = {
+            "between": room(b, d, length, dtype=acc),
+            "weight_parts": room(self.parts, d, w, dtype=acc),
+            "bias_parts": room(self.parts, d, dtype=acc),
+        }
+        self.grads = {
+            name: None if x is None else place(torch.empty_like(x))
+            for name, x in (("x", self.x), ("initial", self.initial), ("weight", self.weight), ("bias", self.bias))
+        }
 
-def oracle(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """In fp64, from the definition: the sequence with its initial state to the left, and one product for each tap."""
-    x, weight = numpy(case.x), numpy(case.weight)
-    (b, d, length), width = x.shape, weight.shape[1]
-    left = np.zeros((b, d, width - 1)) if case.initial is None else numpy(case.initial)
-    whole = np.concatenate([left, x], axis=2)
-    out = np.zeros((b, d, length)) + (0 if case.bias is None else numpy(case.bias)[:, None])
-    ids = np.zeros((b, length), int) if case.seq_idx is None else case.seq_idx.numpy()
-    whole_ids = np.concatenate([np.repeat(ids[:, :1], width - 1, axis=1), ids], axis=1)
-    for k in range(width if length else 0):
-        same = whole_ids[:, k : k + length] == ids
-        out += weight[:, k, None] * np.where(same[:, None], whole[:, :, k : k + length], 0)
-    if case.silu:
-        out /= 1 + np.exp(-out)
-    return np.where(ids[:, None] < 0, 0, out), whole[:, :, length:]
+    def call(self) -> Call:
+        args = GradArguments(conv=self.arguments())
+        args.conv.grad_out, args.conv.final_state = operand(Operand, self.grad_out, *BCT), None
+        args.conv.out = operand(Operand, self.scratch["between"], *BCT)
+        args.grad_x, args.grad_initial = (operand(Operand, self.grads[n], *BCT) for n in ("x", "initial"))
+        args.grad_final = operand(Operand, self.grad_final, *BCT)
+        args.weight_parts, args.bias_parts = (self.scratch[n].data_ptr() for n in ("weight_parts", "bias_parts"))
+        args.grad_weight, args.grad_bias = contiguous(self.grads["weight"]), contiguous(self.grads["bias"])
+        written = {f"grad_{name}": (x, OUTPUT) for name, x in self.grads.items()}
+        written |= {name: (x, OUTPUT) for name, x in self.scratch.items()}
+        given = {"grad_out": (self.grad_out, INPUT), "grad_final": (self.grad_final, INPUT)}
+        return Call("causal_conv1d_backward", 1, args, written | given | self.inputs)
+
+    def check(self) -> None:
+        final = np.zeros(self.final.shape) if self.grad_final is None else numpy(self.grad_final)
+        want = oracle.causal_conv1d_gradients(numpy(self.grad_out), final, *self.oracle)
+        want["initial"] = want.pop("initial_states")
+        for name, grad in self.grads.items():
+            if grad is not None:
+                oracle.assert_close(name, grad, want[name], TOLERANCE[grad.dtype])
 
 
 def strided(shape: tuple[int, int, int], layout: str) -> Tensor:
@@ -182,109 +197,121 @@ CASES = {
     "wider than a tile": dict(shape=(1, 2, STEPS + 9), width=STEPS + 7, layout="channel-last"),
     "fp32 weights": dict(shape=(1, 3, 50), width=4, initial=True, dtype=torch.bfloat16, weights=torch.float32),
 }
-SEEDS = [0, 1, *(random.randrange(2, 2**32) for _ in range(3))]  # a failure names its seed
+PASSES = {"forward": lambda c: c, "backward": GradCase}
 
 
 @pytest.fixture(scope="module")
-def emulated() -> ctypes.CDLL:
-    loaded = library(compile_kernels(HERE / "causal_conv1d.cpp", "hooks", "causal_conv1d"))
-    return declare(loaded)
+def kernels() -> ctypes.CDLL:
+    return emulated("causal_conv1d")
 
 
-def declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    loaded.causal_conv1d.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    loaded.causal_conv1d.restype = ctypes.c_char_p
-    return loaded
+def test_tile(kernels: ctypes.CDLL) -> None:
+    assert (kernels.causal_conv1d_tile_channels(), kernels.causal_conv1d_tile_steps()) == (CHANNELS, STEPS)
 
 
-def test_tile(emulated: ctypes.CDLL) -> None:
-    assert (emulated.causal_conv1d_tile_channels(), emulated.causal_conv1d_tile_steps()) == (CHANNELS, STEPS)
-
-
+@pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_under_every_schedule(emulated: ctypes.CDLL, name: str) -> None:
+def test_agrees_under_every_schedule(kernels: ctypes.CDLL, name: str, direction: str) -> None:
     for seed in SEEDS:
-        c = case(**CASES[name])
-        assert c.run(emulated, seed) == ""
+        c = PASSES[direction](case(**CASES[name]))
+        assert c.call().run(kernels, seed) == ""
         c.check()
 
 
+@pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [2, 3, 4, 5])
-def test_dtypes(emulated: ctypes.CDLL, dtype: torch.dtype, width: int) -> None:
-    c = case((2, 3, STEPS + 1), width, "channel-last", initial=True, ids=torch.int64, dtype=dtype)
-    assert c.run(emulated, SEEDS[-1]) == ""
+def test_dtypes(kernels: ctypes.CDLL, dtype: torch.dtype, width: int, direction: str) -> None:
+    c = PASSES[direction](case((2, 3, STEPS + 1), width, "channel-last", initial=True, ids=torch.int64, dtype=dtype))
+    assert c.call().run(kernels, SEEDS[-1]) == ""
     c.check()
 
 
-def test_any_grid_gives_the_same_bits(emulated: ctypes.CDLL) -> None:
+def test_backward_without_a_gradient_of_the_state(kernels: ctypes.CDLL) -> None:
+    c = GradCase(case(**CASES["packed, with state"]), grad_final=False)
+    assert c.call().run(kernels, SEEDS[-1]) == ""
+    c.check()
+
+
+def test_what_stands_at_padding_does_not_matter(kernels: ctypes.CDLL) -> None:
+    c = GradCase(case(**CASES["packed"]))
+    c.x.copy_(c.x.masked_fill((c.seq_idx < 0)[:, None], torch.nan))
+    assert c.call().run(kernels, SEEDS[-1]) == ""
+    c.oracle = (np.nan_to_num(c.oracle[0]), *c.oracle[1:])
+    c.check()
+
+
+@pytest.mark.parametrize("direction", PASSES)
+def test_any_grid_gives_the_same_bits(kernels: ctypes.CDLL, direction: str) -> None:
     results = []
     for blocks in (1, 2, 100):
-        c = case(**CASES["chunks"])
-        assert c.run(emulated, 0, blocks) == ""
-        results.append(c.out.clone())
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+        call = PASSES[direction](case(**CASES["chunks"])).call()
+        assert call.run(kernels, 0, blocks) == ""
+        results.append([x.clone() for _, x, access in call.given() if access == OUTPUT])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 def test_address_sanitizer(tmp_path: Path) -> None:
-    cases = [case(**options) for options in CASES.values()] + [case((1, 3, 40), 4, dtype=d) for d in DTYPES]
-    with (tmp_path / "in").open("wb") as f:
-        for c in cases:
-            spans = [None if x is None else x.as_strided((span(x),), (1,)) for x in c.arrays()]
-            f.write(struct.pack("8q", SEEDS[-1], *(-1 if x is None else x.numel() * x.itemsize for x in spans)))
-            f.write(bytes(c.arguments()))
-            f.writelines(x.view(torch.uint8).numpy().tobytes() for x in spans if x is not None and x.numel())
-    run = program(compile_kernels(HERE / "causal_conv1d.cpp", "asan", "causal_conv1d.asan"), "asan")
-    done = subprocess.run([run, tmp_path / "in", tmp_path / "out"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    results = (tmp_path / "out").read_bytes()
-    for c in cases:
-        for x in (c.out, c.final):
-            size = span(x) * x.itemsize
-            if size:
-                x.as_strided((span(x),), (1,)).copy_(torch.frombuffer(bytearray(results[:size]), dtype=x.dtype))
-            results = results[size:]
+    forward = [case(**options) for options in CASES.values()] + [case((1, 3, 40), 4, dtype=d) for d in DTYPES]
+    all_cases = forward + [GradCase(c) for c in forward]
+    run_sanitized("causal_conv1d", [c.call() for c in all_cases], tmp_path)
+    for c in all_cases:
         c.check()
-    assert results == b""
 
 
-MUTATIONS = {  # in causal_conv1d.cuh: the line that is changed, what it becomes, and what must be said
+MUTATIONS = {  # the pass, the line of causal_conv1d.cuh that is changed, what it becomes, and what must be said
     "no barrier after the fill": (
+        "forward",
         "__syncthreads();  // tile, taps and ids are full",
         "",
         r"(undefined|race): .* (tile|taps)\[",
     ),
-    "no barrier before the results": ("__syncthreads();  // all have read the tile", "", r"race: .* tile\["),
-    "no barrier after the results": ("__syncthreads();  // the tile holds results", "", r"race: .* tile\["),
+    "no barrier before the results": ("forward", "__syncthreads();  // all have read the tile", "", r"race: .* tile\["),
+    "no barrier after the results": ("forward", "__syncthreads();  // the tile holds results", "", r"race: .* tile\["),
     "no barrier before the next tile": (
+        "forward",
         "__syncthreads();  // results are stored, the tile is free",
         "",
         r"race: .* tile\[",
     ),
     "halo not filled": (
+        "forward",
         "for (int n = thread; n < kTileChannels * halo;",
         "for (int n = 1 << 20; n < 0;",
         r"undefined: .* tile\[",
     ),
     "tail not guarded": (
+        "forward",
         "if (channel < a.d && t < a.l)\n",
         "if (channel < a.d)\n",
         r"(out of bounds|race): .* (out|final)\[",
+    ),
+    "gradients overwrite inputs": ("backward", "__syncthreads();  // inputs are in registers", "", r"race: .* tile\["),
+    "no barrier before the taps": (
+        "backward",
+        "__syncthreads();  // gradients and taps are full",
+        "",
+        r"(undefined|race): .* (tile|taps)\[",
+    ),
+    "sums overwrite gradients": (
+        "backward",
+        "__syncthreads();  // all have read the gradients",
+        "",
+        r"race: .* tile\[",
+    ),
+    "sums read too early": ("backward", "__syncthreads();  // the tile holds sums", "", r"(undefined|race): .* tile\["),
+    "one block's sums for all": (
+        "backward",
+        "part = b * step_tiles + item % step_tiles;",
+        "part = b;",
+        r"undefined: .* weight_parts\[",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutated_kernel_is_caught(tmp_path: Path, name: str) -> None:
-    old, new, message = MUTATIONS[name]
-    for folder in ("common", "ssm"):
-        (tmp_path / folder).mkdir()
-    for path in (*CSRC.glob("common/*.h"), CSRC / "ssm/causal_conv1d.cuh"):
-        (tmp_path / path.relative_to(CSRC)).write_text(path.read_text())
-    kernel = tmp_path / "ssm/causal_conv1d.cuh"
-    assert kernel.read_text().count(old) == 1
-    kernel.write_text(kernel.read_text().replace(old, new))
-    source = HERE / "causal_conv1d.cpp"
-    mutant = declare(library(compile_kernels(source, "hooks", f"mutant {name}", csrc=tmp_path)))
-    for seed in SEEDS:
-        assert re.search(message, case((1, CHANNELS + 3, 2 * STEPS + 5), 4).run(mutant, seed, max_blocks=1))
+    direction, old, new, message = MUTATIONS[name]
+    loaded = mutant("causal_conv1d", "ssm/causal_conv1d.cuh", old, new, tmp_path)
+    assert_caught(loaded, message, PASSES[direction](case((1, CHANNELS + 3, 2 * STEPS + 5), 4)).call())

@@ -222,7 +222,8 @@ def causal_conv1d_update(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or one that needs a gradient.
-        RuntimeError: a negative length, an index that is no row of `conv_state`, or a row that has two.
+        RuntimeError: a negative length, an index that is no row of `conv_state`, or a row that has two (the kernel on
+            CUDA does not look: set LAYERZOO_CHECK=1; there an index that is no row gives NaN).
     """
     op = "causal_conv1d_update"
     check_rank(op, "x", x, ("(batch, channels)", "(batch, channels, length)"))
@@ -243,5 +244,8 @@ def causal_conv1d_update(
     silu = _silu(op, activation)
     check_writable(op, "conv_state", conv_state)
     check_no_gradient(op, x, conv_state, weight, bias)
+    if x.is_cuda and env.check():
+        reference.check_rows(op, "conv_state_indices", conv_state_indices, rows)
+        reference.check_lengths(op, cache_seqlens, conv_state_indices)
     out: Tensor = _conv_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     return out

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerzoo import env
 from layerzoo.ops._checks import INTEGER, check_no_gradient, check_positive, check_rank, check_tensor, check_writable
 from layerzoo.ops._define import define
 from layerzoo.reference import ssm as reference
@@ -66,7 +67,8 @@ def selective_state_update(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or one that needs a gradient.
-        RuntimeError: an index that is no row of `state`, or a row that has two.
+        RuntimeError: an index that is no row of `state`, or a row that has two (the kernel on CUDA does not look: set
+            LAYERZOO_CHECK=1; there an index that is no row gives NaN).
     """
     op = "selective_state_update"
     check_rank(op, "x", x, ("(batch, channels)", "(batch, heads, channels)"))
@@ -98,5 +100,7 @@ def selective_state_update(
             check_tensor(op, name, row, f"({middle})" if heads else "(channels,)", inner, device)
     check_writable(op, "state", state)
     check_no_gradient(op, state, x, dt, A, B, C, D, z, dt_bias)
+    if x.is_cuda and env.check():
+        reference.check_rows(op, "state_batch_indices", state_batch_indices, rows)
     out: Tensor = _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     return out
