@@ -546,8 +546,9 @@ def linear_scan(a: Tensor, x: Tensor, initial_state: Tensor | None = None, rever
     acc = recurrence_dtype(x)
     h = x.new_zeros((x.shape[0], x.shape[2]), dtype=acc) if initial_state is None else initial_state.to(acc)
     states = [h] * x.shape[1]
+    decays, inputs = a.to(acc).unbind(1), x.to(acc).unbind(1)  # whose gradient is one stack, not a tensor for each step
     for t in range(x.shape[1] - 1, -1, -1) if reverse else range(x.shape[1]):
-        states[t] = h = a[:, t].to(acc) * h + x[:, t].to(acc)
+        states[t] = h = decays[t] * h + inputs[t]
     return torch.stack(states, 1).to(x.dtype) if states else x.clone()
 
 
