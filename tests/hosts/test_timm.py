@@ -55,21 +55,18 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return ((images - 8) / 8)[order], torch.from_numpy(data.target).long()[order]
 
 
-def accuracy(model: nn.Module, epochs: int, rate: float = 3e-3, batch: int = 64) -> float:
-    """Of the last 450 images, after training on the others, each batch moved by up to a pixel."""
+def accuracy(model: nn.Module, epochs: int, rate: float, batch: int = 64) -> float:
+    """Of the last 450 images, after training on the others."""
     images, answers = digits()
     train, steps = len(images) - 450, (len(images) - 450) // batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * steps)
     generator = torch.Generator().manual_seed(0)
-    framed = F.pad(images, (1, 1, 1, 1), value=-1)
     model.train()
     for _ in range(epochs):
         for chosen in torch.randperm(train, generator=generator)[: steps * batch].split(batch):
             optimizer.zero_grad()
-            top, left = torch.randint(3, (2,), generator=generator).tolist()
-            moved = framed[chosen, :, top : top + 8, left : left + 8]
-            F.cross_entropy(model(moved), answers[chosen]).backward()
+            F.cross_entropy(model(images[chosen]), answers[chosen]).backward()
             optimizer.step()
             schedule.step()
     model.eval()
@@ -79,16 +76,17 @@ def accuracy(model: nn.Module, epochs: int, rate: float = 3e-3, batch: int = 64)
 
 class TestDigits:
     @pytest.mark.parametrize(
-        ("build", "epochs"),
+        ("build", "epochs", "rate"),
         [
-            pytest.param(with_vision_mamba, 8, id="VisionMamba"),
-            pytest.param(lambda: with_images("ssm/ss2d", d_state=8), 6, id="SS2D"),
+            # a class token is there, the mean of the patches answers
+            pytest.param(lambda: with_vision_mamba(global_pool="avg"), 8, 5e-3, id="VisionMamba"),
+            pytest.param(lambda: with_images("ssm/ss2d", d_state=8), 5, 3e-3, id="SS2D"),
         ],
     )
-    def test_at_least_95_percent(self, build, epochs):
+    def test_at_least_95_percent(self, build, epochs, rate):
         model = build()
         before = _native.calls("selective_scan") if _native.status().loaded else 0
-        reached = accuracy(model, epochs)
+        reached = accuracy(model, epochs, rate)
         assert reached >= 0.95, f"{reached:.1%}"
         if _native.status().loaded:
             assert _native.calls("selective_scan") > before
