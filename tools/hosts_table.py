@@ -26,6 +26,7 @@ from layerzoo.hosts.surgery import accelerate
 PREFILL, DECODE, TRAIN, TEXT = 256, 16, 128, 24  # tokens
 COMMON = {"vocab_size": 512, "hidden_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TWO = {"num_hidden_layers": 2}
+SHARED = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}  # attention, twice
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 512}
 SSD = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 64}
 EXPERTS = {"num_experts_per_tok": 1}
@@ -34,7 +35,7 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "mamba": TWO,
     "falcon_mamba": TWO,
     "jamba": TWO | HEADS | EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
-    "zamba": TWO | HEADS | {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 2},
+    "zamba": SHARED | HEADS | {"n_mamba_heads": 2},
     "mamba2": TWO | {"num_heads": 8, "head_dim": 64, "n_groups": 1, "state_size": 64},
     "bamba": TWO | HEADS | SSD | {"attn_layer_indices": [1]},
     "granitemoehybrid": TWO
@@ -45,10 +46,10 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "nemotron_h": HEADS
     | {"layers_block_type": ["mamba", "mlp", "mamba", "attention"], "head_dim": 64, "mamba_num_heads": 8}
     | {"mamba_head_dim": 64, "n_groups": 1, "ssm_state_size": 64},
-    "zamba2": TWO
+    "zamba2": SHARED
     | HEADS
-    | {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 64, "mamba_ngroups": 1}
-    | {"mamba_d_state": 64, "num_mem_blocks": 1, "adapter_rank": 8},
+    | {"n_mamba_heads": 8, "mamba_headdim": 64, "mamba_ngroups": 1, "mamba_d_state": 64}
+    | {"num_mem_blocks": 1, "adapter_rank": 8},
     "falcon_h1": TWO | HEADS | SSD | {"mamba_d_ssm": 512, "head_dim": 64},
 }
 COLUMNS = ("family", "mixer", "logits", "gradients", "greedy text", "cache", "prefill", "decode", "training")
