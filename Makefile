@@ -14,7 +14,7 @@ PY_FILES := layerzoo tests plugins tools benchmarks setup.py
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 LAYERZOO_CPU=avx2
 export LAYERZOO_CUDA ?= 0
 
-.PHONY: demo test bench growth bench-smoke peers readme-table lint build cuda test-full test-oldest catalogue clean types tests-modes
+.PHONY: demo test bench growth bench-smoke peers readme-table lint build cuda test-full test-oldest catalogue hosts clean types tests-modes
 
 demo: .venv/.ready
 	$(BIN)/layerzoo demo
@@ -65,7 +65,7 @@ cuda: .venv/.ready
 # What takes too long for every change: nvcc, the emulator's long schedules, long hypothesis runs, the oldest torch.
 test-full: test cuda
 	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(OP_TESTS)
-	$(MAKE) test-oldest catalogue
+	$(MAKE) test-oldest catalogue hosts
 
 # One library for every torch from 2.10 on: the wheel built here, under torch 2.10.0.
 test-oldest: .venv/.ready
@@ -75,6 +75,10 @@ test-oldest: .venv/.ready
 	.venv-oldest/bin/pip install -q torch==2.10.0 numpy pytest hypothesis packaging rich typer
 	.venv-oldest/bin/pip install -q --no-deps --force-reinstall build/oldest/*.whl
 	cd build/oldest && ../../.venv-oldest/bin/pytest -q -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider $(addprefix ../../,$(OP_TESTS)) -m "not slow"
+
+# Of every family of transformers with a recipe: equal or not, and how much faster, as a table.
+hosts: .venv/.ready
+	$(BIN)/python tools/hosts_table.py
 
 catalogue: .venv/.ready
 	$(BIN)/python tools/catalogue.py
