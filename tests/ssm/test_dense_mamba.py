@@ -57,8 +57,9 @@ def expected(module: DenseMamba, hidden: Tensor) -> Array:
                     for name in ("gate_down.weight", "gate_down.bias", "gate_up.weight", "gate_up.bias")
                 }
                 gate = silu(x[:, t] @ g["gate_down.weight"].T + g["gate_down.bias"]) @ g["gate_up.weight"].T
+                gate = sigmoid(gate + g["gate_up.bias"])
                 projection = c["up.weight"] @ c["down.weight"]
-                joined += (gate + g["gate_up.bias"])[..., None] * np.einsum("de,ben->bdn", projection, states[k - i][t])
+                joined += gate[..., None] * np.einsum("de,ben->bdn", projection, states[k - i][t])
             out.append((np.einsum("bdn,bn->bd", joined, C) + w["D"] * u) * silu(z[:, t]))
         states.append(own)
         value = value + np.stack(out, 1) @ w["out_proj.weight"].T
@@ -92,8 +93,7 @@ def test_gates_of_zero_leave_the_stack_as_it_is() -> None:
     assert (opened(x) - plain(opened.mixers, opened.norms, x)).norm() > 0.01 * opened(x).norm()
     for connections in opened.connections:
         for connection in connections:
-            connection.gate_up.weight.zero_()
-            connection.gate_up.bias.zero_()
+            connection.gate_up.bias.fill_(-torch.inf)
     assert torch.equal(opened(x), plain(opened.mixers, opened.norms, x))
     fresh = DenseMamba.around(mixers)
     assert torch.equal(fresh(x), plain(mixers, fresh.norms, x))
@@ -138,15 +138,15 @@ def test_no_state_is_stored() -> None:
 # ---- the catalogue's check ----
 
 
-def recall_loss(mixer: nn.Module, steps: int = 200) -> float:
-    """After training, in nats: what came six tokens ago?"""
+def recall_loss(mixer: nn.Module, steps: int = 250) -> float:
+    """After training, in nats: what came four tokens ago? Guessing costs 1.39."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Embedding(16, 16), mixer, nn.LayerNorm(16), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Embedding(4, 16), mixer, nn.LayerNorm(16), nn.Linear(16, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     def loss(rows: int) -> Tensor:
-        tokens = torch.randint(16, (rows, 20))
-        return F.cross_entropy(model(tokens)[:, 6:].flatten(0, 1), tokens[:, :-6].flatten())
+        tokens = torch.randint(4, (rows, 14))
+        return F.cross_entropy(model(tokens)[:, 4:].flatten(0, 1), tokens[:, :-4].flatten())
 
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -160,21 +160,19 @@ def recall_loss(mixer: nn.Module, steps: int = 200) -> float:
 
 @pytest.mark.slow
 def test_gate_zero_decoding_and_recall_at_equal_parameters(threads: Any) -> None:
-    """The catalogue's check; the mean over three seeds. The stack without connections has more states instead."""
+    """The catalogue's check. The stack without connections has more states instead, and no fewer parameters."""
     threads(1)
     test_gates_of_zero_leave_the_stack_as_it_is()
     test_pieces_with_a_cache_are_the_whole(torch.float32)
-    losses = []
+    sizes, losses = [], []
     for options in ({"dense_layers": 2, "d_state": 8}, {"dense_layers": 0, "d_state": 10}):
-        runs = []
-        for seed in range(3):
-            torch.manual_seed(seed)
-            module = DenseMamba(16, num_layers=3, **options)
-            runs.append(recall_loss(module))
-        losses.append((sum(runs) / 3, sum(p.numel() for p in module.parameters()), runs))
-    (dense, size, _), (without, other, _) = losses
-    assert size <= other, (size, other)
-    assert dense <= 1.02 * without, losses
+        torch.manual_seed(0)
+        module = DenseMamba(16, num_layers=3, **options)
+        sizes.append(sum(p.numel() for p in module.parameters()))
+        losses.append(recall_loss(module))
+    assert sizes[0] <= sizes[1], sizes
+    assert losses[0] < 0.05, losses
+    assert losses[0] <= losses[1] + 0.01, losses
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,14 @@ class _Connection(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The gate begins at zero."""
-        for layer in (self.down, self.up, self.gate_down):
+        """The projection begins at zero."""
+        for layer in (self.down, self.gate_down, self.gate_up):
             layer.reset_parameters()
-        self.gate_up.weight.zero_()
-        self.gate_up.bias.zero_()
+        self.up.weight.zero_()
 
     def forward(self, read: Tensor, x: Tensor) -> Tensor:
         """read (batch, length, channels), x (batch, length, d_model) -> the shape of read."""
-        gate = self.gate_up(F.silu(self.gate_down(x)))
+        gate = torch.sigmoid(self.gate_up(F.silu(self.gate_down(x))))
         y: Tensor = gate * self.up(self.down(read))
         return y
 
@@ -47,13 +46,13 @@ class DenseMamba(nn.Module):
     Layer k has x_k = RMSNorm(input), and `input + Mamba_k(x_k)` as its output, where before y = C h its state h_k
     (d_inner, d_state) at each step becomes
 
-    `h_k + sum over i = 1 ... min(m, k) of gate_i(x_k) * P_i h_{k-i}`,    gate_i(x) = W' SiLU(W x + b) + b'
+    `h_k + sum over i = 1 ... min(m, k) of gate_i(x_k) * P_i h_{k-i}`,    gate_i(x) = sigmoid(W' SiLU(W x + b) + b')
 
     with m = `dense_layers`; P_i (d_inner, d_inner) of rank `rank` works on the channels of each state, gate_i gives a
     factor for each channel. What the recurrence carries on is h_k as Mamba has it, so the scan stays parallel. Since
     C P_i h = P_i (C h), no state is stored: the scan of layer k - i runs again, with the C of layer k.
 
-    Gates begin at zero: the stack as without connections.
+    P begins at zero: the stack as without connections.
 
     Args:
         d_model: width of input and output. num_layers: layers. dense_layers: m. rank: of the connections; "auto" is
