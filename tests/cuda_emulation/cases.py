@@ -56,7 +56,7 @@ def flat(x: Tensor) -> Tensor:
 
 def place(x: Tensor) -> Tensor:
     """The same values and strides in memory of their own with room around; gaps and room hold NaN or large integers."""
-    filler = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+    filler = torch.nan if x.is_floating_point() or x.is_complex() else torch.iinfo(x.dtype).max
     room = torch.full((span(x) + 2 * PAD,), filler, dtype=x.dtype)
     return room.as_strided(x.shape, x.stride(), PAD).copy_(x)
 
