@@ -36,7 +36,8 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   std::string wanted;
-  for (int64_t i = 0; const int64_t size : sizes) {
+  int64_t i = 0;
+  for (const int64_t size : sizes) {
     same = same && t.size(i++) == size;
     wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
   }

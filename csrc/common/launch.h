@@ -80,6 +80,8 @@ LZ_DEVICE float widen(float v) { return v; }
 LZ_DEVICE double widen(double v) { return v; }
 LZ_DEVICE void narrow(float v, float* p) { *p = v; }
 LZ_DEVICE void narrow(double v, double* p) { *p = v; }
+LZ_DEVICE void narrow(float v, double* p) { *p = v; }
+LZ_DEVICE void narrow(double v, float* p) { *p = static_cast<float>(v); }
 
 // What an element type is computed in.
 template <class T>
@@ -96,6 +98,26 @@ LZ_DEVICE S load(const Operand& x, int64_t b, int64_t channel, int64_t time) {
   S v = 0;
   LZ_DISPATCH_DTYPE(x.dtype, T, v = load_as<S, T>(x, b, channel, time))
   return v;
+}
+
+template <class T, class S>
+LZ_DEVICE void store_as(const Operand& x, int64_t b, int64_t channel, int64_t time, S v) {
+  narrow(v, static_cast<T*>(x.data) + b * x.batch + channel * x.channel + time * x.time);
+}
+
+template <class S>
+LZ_DEVICE void store(const Operand& x, int64_t b, int64_t channel, int64_t time, S v) {
+  LZ_DISPATCH_DTYPE(x.dtype, T, (store_as<T>(x, b, channel, time, v)))
+}
+
+LZ_DEVICE int64_t load_id(const Ids& x, int64_t b, int64_t time) {
+  const int64_t i = b * x.batch + time * x.time;
+  return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
+}
+
+// Blocks for that many items: at least one, at most `max_blocks`.
+inline unsigned blocks_for(int64_t items, int64_t max_blocks) {
+  return static_cast<unsigned>(items < 1 ? 1 : items < max_blocks ? items : max_blocks);
 }
 
 }  // namespace layerzoo

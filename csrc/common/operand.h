@@ -14,4 +14,13 @@ struct Operand {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// A tensor of ids, (batch, time) or (batch); `wide`: int64, else int32.
+struct Ids {
+  const void* data = nullptr;
+  int64_t batch = 0, time = 0;
+  bool wide = false;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
 }  // namespace layerzoo

@@ -34,7 +34,8 @@ struct dim3 {
 
 namespace emu {
 
-enum Access { kInput, kOutput };  // inputs are read-only; outputs start undefined and must be written throughout
+// Inputs are read-only; outputs start undefined and must be written throughout.
+enum Access { kInput, kOutput, kInPlace };
 
 // Global memory that kernels may touch; `element` is the grain of the checks in bytes.
 void array(const char* name, const void* data, size_t bytes, unsigned element, Access access);
