@@ -283,7 +283,7 @@ template <class S, bool kConstant>
 LZ_KERNEL(ScanBlock<S>::kThreads)
 selective_scan_kernel(const CudaScanArgs a) {
   constexpr int kStates = ScanBlock<S>::kStates, kChannels = ScanBlock<S>::kChannels;
-  LZ_SHARED(dt, ScanTile<S>);
+  LZ_SHARED(dt, ScanTile<S>);     // delta, then dt, then z
   LZ_SHARED(input, ScanTile<S>);  // u, then dt u
   LZ_SHARED(y, ScanTile<S>);
   LZ_SHARED(B, StateTile<S>);
@@ -320,7 +320,7 @@ selective_scan_kernel(const CudaScanArgs a) {
         LZ_UNROLL
         for (int j = 0; j < kStates; ++j)
           if (a.states && j < lane.count) static_cast<S*>(a.states)[lane.kept_at(a, t0, j)] = x[j];
-        __syncthreads();  // steps, B and C are there
+        __syncthreads();  // dt u, B and C are there
         for (int t = 0; t < steps; t += kScanLanes) {
           S sum[kScanLanes];
           LZ_UNROLL
@@ -342,9 +342,12 @@ selective_scan_kernel(const CudaScanArgs a) {
         lane.store_to(a.last, a, x);
         __syncthreads();  // B and C are read, y is there
       }
+      if (a.z.data) {
+        load_tile(a.z, block, t0, steps, dt);
+        __syncthreads();  // z is there
+      }
       store_tile(a.out, block, t0, steps, [&](int t, int c) {
-        if (marks[t] == kPadding) return S(0);
-        return a.z.data ? y[t][c] * silu(load<S>(a.z, block.b, block.first + c, t0 + t)) : y[t][c];
+        return marks[t] == kPadding ? S(0) : a.z.data ? y[t][c] * silu(dt[t][c]) : y[t][c];
       });
       __syncthreads();  // the chunk is stored
     }
@@ -356,12 +359,12 @@ LZ_KERNEL(ScanBlock<S>::kThreads)
 selective_scan_backward_kernel(const CudaScanGradArgs grad) {
   constexpr int kStates = ScanBlock<S>::kStates, kChannels = ScanBlock<S>::kChannels;
   constexpr int kThreads = ScanBlock<S>::kThreads, kWarps = ScanBlock<S>::kWarps, kSums = ScanBlock<S>::kSums;
-  LZ_SHARED(dt, ScanTile<S>);
-  LZ_SHARED(u, ScanTile<S>);
+  LZ_SHARED(dt, ScanTile<S>);  // delta, then dt, then grad_out
+  LZ_SHARED(u, ScanTile<S>);   // u, then z
   LZ_SHARED(grad_y, ScanTile<S>);
   LZ_SHARED(grad_u, ScanTile<S>);   // first the sum over states of lambda B
   LZ_SHARED(grad_dt, ScanTile<S>);  // first that of lambda h A, then the gradient of delta
-  LZ_SHARED(y, ScanTile<S>);
+  LZ_SHARED(y, ScanTile<S>);        // z, then y
   LZ_SHARED(B, StateTile<S>);
   LZ_SHARED(C, StateTile<S>);
   LZ_SHARED(before, S[kScanChunk / kScanRun][kStates][kThreads]);  // the state before each run
@@ -389,13 +392,14 @@ selective_scan_backward_kernel(const CudaScanGradArgs grad) {
       load_tile(a.u, block, t0, steps, u);
       load_tile(a.delta, block, t0, steps, dt);
       load_tile(grad.grad_out, block, t0, steps, grad_y);
-      __syncthreads();  // u, delta, grad_out and marks are there
+      if (a.z.data) load_tile(a.z, block, t0, steps, y);
+      __syncthreads();  // inputs and marks are there
       for (int t = part; t < kScanChunk; t += kScanLanes) {
         if (marks[t] == kPadding || !exists) {
           dt[t][channel] = u[t][channel] = grad_y[t][channel] = 0;
         } else {
           dt[t][channel] = step_size(a, dt[t][channel], bias);
-          if (a.z.data) grad_y[t][channel] *= silu(load<S>(a.z, block.b, block.first + channel, t0 + t));
+          if (a.z.data) grad_y[t][channel] *= silu(y[t][channel]);
         }
         grad_u[t][channel] = grad_dt[t][channel] = 0, y[t][channel] = D * u[t][channel];
       }
@@ -480,7 +484,7 @@ selective_scan_backward_kernel(const CudaScanGradArgs grad) {
             const Coefficient& to = of_B ? grad.grad_B : grad.grad_C;
             if (to.constant || n >= a.n || t >= a.l) continue;
             S sum = 0;
-            for (int w = 0; w < kWarps; ++w) sum += sums[w][r][value * kScanLanes + owner];
+            for (int w = 0; w < kWarps && marks[t - t0] != kPadding; ++w) sum += sums[w][r][value * kScanLanes + owner];
             const int64_t first = block.part * (of_B ? grad.B : grad.C).size + block.g * to.group;
             static_cast<S*>(to.data)[first + block.b * to.batch + n * to.channel + t * to.time] = sum;
           }
@@ -495,21 +499,24 @@ selective_scan_backward_kernel(const CudaScanGradArgs grad) {
 
       for (int t = part; t < steps; t += kScanLanes) {
         const S step = dt[t][channel], gy = grad_y[t][channel], lambda_B = grad_u[t][channel];
-        const S slope = marks[t] == kPadding ? S(0) : a.softplus ? -expm1(-step) : S(1);  // 1 - e^-dt: of softplus
-        const S grad_delta =
-            slope * (u[t][channel] * lambda_B + grad_dt[t][channel] * static_cast<S>(0.6931471805599453));
-        sum_D += gy * u[t][channel], sum_bias += grad_delta;
-        grad_u[t][channel] = D * gy + step * lambda_B, grad_dt[t][channel] = grad_delta;
+        S grad_delta = u[t][channel] * lambda_B + grad_dt[t][channel] * static_cast<S>(0.6931471805599453);
+        if (a.softplus) grad_delta *= -expm1(-step);  // its slope, 1 - e^-dt
+        const bool padding = marks[t] == kPadding;    // its state may be NaN, of a sequence before it
+        if (!padding) sum_D += gy * u[t][channel], sum_bias += grad_delta;
+        grad_u[t][channel] = padding ? S(0) : D * gy + step * lambda_B;
+        grad_dt[t][channel] = padding ? S(0) : grad_delta;
       }
       __syncthreads();  // gradients are there
       store_tile(grad.grad_u, block, t0, steps, [&](int t, int c) { return grad_u[t][c]; });
       store_tile(grad.grad_delta, block, t0, steps, [&](int t, int c) { return grad_dt[t][c]; });
-      if (a.z.data)
+      if (a.z.data) {
+        load_tile(grad.grad_out, block, t0, steps, dt);
+        load_tile(a.z, block, t0, steps, u);
+        __syncthreads();  // grad_out and z are there again
         store_tile(grad.grad_z, block, t0, steps, [&](int t, int c) {
-          if (marks[t] == kPadding) return S(0);
-          const int64_t d = block.first + c;
-          return load<S>(grad.grad_out, block.b, d, t0 + t) * y[t][c] * silu_slope(load<S>(a.z, block.b, d, t0 + t));
+          return marks[t] == kPadding ? S(0) : dt[t][c] * y[t][c] * silu_slope(u[t][c]);
         });
+      }
       __syncthreads();  // gradients are stored
     }
 
@@ -529,6 +536,10 @@ int64_t scan_items(const CudaScanArgs& a) {
   return a.b * a.g * ScanBlock<S>::parts(a.d / a.g);
 }
 
+// In float64, which need not be fast, one kernel does for both values of kConstant.
+template <class S>
+constexpr bool kOne = std::is_same_v<S, double>;
+
 inline void scan_marks(const CudaScanArgs& a, int64_t max_blocks, LZ_STREAM stream) {
   if (a.marks && a.b * a.l > 0)
     LZ_LAUNCH(scan_marks_kernel, blocks_for((a.b * a.l + 255) / 256, max_blocks), 256, 0, stream, a);
@@ -540,7 +551,7 @@ void selective_scan_launch(const CudaScanArgs& a, int64_t max_blocks, LZ_STREAM 
   const int64_t items = scan_items<S>(a);
   if (items == 0) return;
   scan_marks(a, max_blocks, stream);
-  const auto kernel = a.B.constant || a.C.constant ? selective_scan_kernel<S, true> : selective_scan_kernel<S, false>;
+  const auto kernel = a.B.constant || a.C.constant ? selective_scan_kernel<S, true> : selective_scan_kernel<S, kOne<S>>;
   LZ_LAUNCH(kernel, blocks_for(items, max_blocks), ScanBlock<S>::kThreads, 0, stream, a);
 }
 
@@ -551,7 +562,7 @@ void selective_scan_backward_launch(const CudaScanGradArgs& grad, int64_t max_bl
   if (items > 0) {
     scan_marks(a, max_blocks, stream);
     const auto kernel = a.B.constant || a.C.constant ? selective_scan_backward_kernel<S, true>
-                                                     : selective_scan_backward_kernel<S, false>;
+                                                     : selective_scan_backward_kernel<S, kOne<S>>;
     LZ_LAUNCH(kernel, blocks_for(items, max_blocks), ScanBlock<S>::kThreads, 0, stream, grad);
   }
   for (const GradParts* parts : {&grad.A, &grad.B, &grad.C, &grad.D, &grad.bias}) parts->sum<S>(max_blocks, stream);

@@ -15,10 +15,11 @@
 
 namespace emu {
 
+static std::string message;
+
 // Runs launches; returns the error, or "".
 template <class F>
 const char* run_checked(const F& launches) {
-  static std::string message;
   message.clear();
   try {
     launches();
@@ -49,7 +50,7 @@ inline int run_cases(char** argv, std::initializer_list<Function> functions) {
     }
     for (int64_t& word : arguments)
       for (int64_t i = 0; i < head[3]; ++i)
-        if (word >= arrays[3 * i] && word - arrays[3 * i] < std::max<int64_t>(arrays[3 * i + 1], 1)) {
+        if (word != 0 && word >= arrays[3 * i] && word - arrays[3 * i] < std::max<int64_t>(arrays[3 * i + 1], 1)) {
           word += reinterpret_cast<int64_t>(data[i]) - arrays[3 * i];
           break;
         }

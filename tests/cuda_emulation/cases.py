@@ -55,8 +55,8 @@ def flat(x: Tensor) -> Tensor:
 
 
 def place(x: Tensor) -> Tensor:
-    """The same values and strides in memory of their own, with room around; gaps and room hold NaN (or 2^31 - 1)."""
-    filler = torch.nan if x.is_floating_point() else 2**31 - 1
+    """The same values and strides in memory of their own, with room around; gaps and room hold NaN or the largest id."""
+    filler = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
     room = torch.full((span(x) + 2 * PAD,), filler, dtype=x.dtype)
     return room.as_strided(x.shape, x.stride(), PAD).copy_(x)
 
