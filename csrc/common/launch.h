@@ -106,9 +106,8 @@ LZ_DEVICE void store_as(const Operand& x, int64_t b, int64_t channel, int64_t ti
 }
 
 template <class S>
-LZ_DEVICE void store(const Operand& x, int64_t b, int64_t channel, int64_t time, S v) {
-  LZ_DISPATCH_DTYPE(x.dtype, T, (store_as<T>(x, b, channel, time, v)))
-}
+LZ_DEVICE void store(const Operand& x, int64_t b, int64_t channel, int64_t time,
+                     S v){LZ_DISPATCH_DTYPE(x.dtype, T, (store_as<T>(x, b, channel, time, v)))}
 
 LZ_DEVICE int64_t load_id(const Ids& x, int64_t b, int64_t time) {
   const int64_t i = b * x.batch + time * x.time;

@@ -11,7 +11,19 @@
 #include <string>
 #include <vector>
 
+#include "common/dtype.h"
 #include "emulator.h"
+
+// LZ_DISPATCH_DTYPE; with LZ_FLOAT_ONLY, which altered kernels are compiled with to save time, of float alone.
+#ifdef LZ_FLOAT_ONLY
+#define EMU_DISPATCH(dtype, T, ...) \
+  {                                 \
+    using T = float;                \
+    __VA_ARGS__;                    \
+  }
+#else
+#define EMU_DISPATCH LZ_DISPATCH_DTYPE
+#endif
 
 namespace emu {
 

@@ -55,7 +55,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def place(x: Tensor) -> Tensor:
-    """The same values and strides in memory of their own, with room around; gaps and room hold NaN or the largest id."""
+    """The same values and strides in memory of their own with room around; gaps and room hold NaN or large integers."""
     filler = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
     room = torch.full((span(x) + 2 * PAD,), filler, dtype=x.dtype)
     return room.as_strided(x.shape, x.stride(), PAD).copy_(x)
@@ -86,9 +86,9 @@ class Call:
         return function(ctypes.byref(self.arguments), max_blocks).decode()
 
 
-def emulated(op: str, name: str | None = None, csrc: Path = CSRC) -> ctypes.CDLL:
-    """The kernels of tests/cuda_emulation/<op>.cpp, loaded; `name` tells builds of altered trees apart."""
-    return library(compile_kernels(HERE / f"{op}.cpp", "hooks", name or op, csrc=csrc))
+def emulated(op: str) -> ctypes.CDLL:
+    """The kernels of tests/cuda_emulation/<op>.cpp, loaded."""
+    return library(compile_kernels(HERE / f"{op}.cpp", "hooks", op))
 
 
 def run_sanitized(op: str, calls: Sequence[Call], folder: Path) -> None:
@@ -115,7 +115,7 @@ def run_sanitized(op: str, calls: Sequence[Call], folder: Path) -> None:
 
 
 def mutant(op: str, file: str, old: str, new: str, folder: Path) -> ctypes.CDLL:
-    """The kernels of `op` from a copy of the tree in which `old`, once in `file` of csrc, is `new`."""
+    """The kernels of `op`, for float32 alone, from a copy of the tree in which `old`, once in `file`, is `new`."""
     for path in (*CSRC.glob("common/*"), *CSRC.glob("ssm/*.h"), *CSRC.glob("ssm/*.cuh")):
         target = folder / path.relative_to(CSRC)
         target.parent.mkdir(exist_ok=True)
@@ -123,7 +123,8 @@ def mutant(op: str, file: str, old: str, new: str, folder: Path) -> ctypes.CDLL:
     kernel = folder / file
     assert kernel.read_text().count(old) == 1
     kernel.write_text(kernel.read_text().replace(old, new))
-    return emulated(op, f"mutant of {op} in {folder.name}", csrc=folder)
+    name = f"mutant of {op} in {folder.name}"
+    return library(compile_kernels(HERE / f"{op}.cpp", "hooks", name, "-DLZ_FLOAT_ONLY", csrc=folder))
 
 
 def assert_caught(loaded: ctypes.CDLL, message: str, call: Call, max_blocks: int = 1) -> None:

@@ -3,7 +3,7 @@
 
 #include "cases.h"
 
-using layerzoo::CudaScanArgs, layerzoo::CudaScanGradArgs, layerzoo::DType;
+using layerzoo::Compute, layerzoo::CudaScanArgs, layerzoo::CudaScanGradArgs;
 
 extern "C" int selective_scan_channels(bool f64) {
   return f64 ? layerzoo::ScanBlock<double>::kChannels : layerzoo::ScanBlock<float>::kChannels;
@@ -11,16 +11,15 @@ extern "C" int selective_scan_channels(bool f64) {
 
 extern "C" const char* selective_scan(const void* arguments, int64_t max_blocks) {
   const auto& a = *static_cast<const CudaScanArgs*>(arguments);
-  const auto launch =
-      a.u.dtype == DType::f64 ? layerzoo::selective_scan_launch<double> : layerzoo::selective_scan_launch<float>;
-  return emu::run_checked([&] { launch(a, max_blocks, nullptr); });
+  return emu::run_checked(
+      [&] { EMU_DISPATCH(a.u.dtype, T, layerzoo::selective_scan_launch<Compute<T>>(a, max_blocks, nullptr)) });
 }
 
 extern "C" const char* selective_scan_backward(const void* arguments, int64_t max_blocks) {
   const auto& a = *static_cast<const CudaScanGradArgs*>(arguments);
-  const auto launch = a.scan.u.dtype == DType::f64 ? layerzoo::selective_scan_backward_launch<double>
-                                                   : layerzoo::selective_scan_backward_launch<float>;
-  return emu::run_checked([&] { launch(a, max_blocks, nullptr); });
+  return emu::run_checked([&] {
+    EMU_DISPATCH(a.scan.u.dtype, T, layerzoo::selective_scan_backward_launch<Compute<T>>(a, max_blocks, nullptr))
+  });
 }
 
 #if defined(__SANITIZE_ADDRESS__)
