@@ -45,7 +45,7 @@ def test_a_wrong_result_is_seen(gpu_check: ModuleType, monkeypatch: pytest.Monke
     right = gpu_check.ops.linear_scan
     wrong = lambda a, x, **options: right(a, x, **options) * (1 + 1e-3 * (x.dtype == torch.float32))  # noqa: E731
     monkeypatch.setattr(gpu_check.ops, "linear_scan", wrong)
-    with pytest.raises(AssertionError, match="linear_scan, torch.float32: output 0 is off by 1.0e-03"):
+    with pytest.raises(AssertionError, match=r"linear_scan, torch\.float32: output 0 is off by 1\.0e-03"):
         gpu_check.check("linear_scan", True, torch.float32, "cpu")
 
 

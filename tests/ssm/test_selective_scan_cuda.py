@@ -301,8 +301,8 @@ def test_address_sanitizer(kernels: ctypes.CDLL, tmp_path: Path) -> None:
         c.check_gradients()
 
 
-# In selective_scan.cuh: the line that is changed, what it becomes, the pass that must fail, and what it must say. Without
-# a barrier it depends on the schedule which array is the first to be seen.
+# In selective_scan.cuh: the line that is changed, what it becomes, the pass that must fail, and what it must say.
+# Without a barrier it depends on the schedule which array is the first to be seen.
 UNLIKE = ("channel-last", "channel-last", "time-last", "channel-last")  # z: time-last, u and delta not
 RACE = r"(undefined|race): .* (%s)\["
 MUTATIONS = {
@@ -311,7 +311,7 @@ MUTATIONS = {
     "next states": ("__syncthreads();  // B and C are read, y is there", "", "forward", RACE % "B|C|y|dt|last"),
     "gate": ("__syncthreads();  // z is there", "", "forward", RACE % "dt|y"),
     "next chunk": ("__syncthreads();  // the chunk is stored", "", "forward", RACE % "dt|input|y|marks"),
-    "channels": ("c < block.channels && t < steps ?", "t < steps ?", "forward", r"out of bounds: .* (u|delta)\["),
+    "channels": ("c < block.channels && t < steps ?", "t < steps ?", "forward", r"out of bounds: .* (u|delta|z)\["),
     "states": ("n0 + s < n && marks", "marks", "forward", r"out of bounds: .* (A|B|C|u|delta|z|last|states|out)\["),
     "inputs": ("__syncthreads();  // inputs and marks are there", "", "backward", RACE % "u|dt|grad_y|y|marks"),
     "sums": ("__syncthreads();  // the sums of the warps are there", "", "backward", RACE % "sums"),
