@@ -95,6 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
                                                   bool delta_softplus, const OptionalTensor& initial_state,
                                                   const OptionalTensor& seq_idx, bool reverse, int64_t chunk) {
   STD_TORCH_CHECK(chunk == 0 || chunk == kScanChunk, kOp, ": chunk must be 0 or ", kScanChunk);
+  check_device(kOp, u, u);
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   OptionalTensor marks;
   CudaScanArgs a =
@@ -139,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
     const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state,
     const OptionalTensor& seq_idx, bool reverse, const Tensor& states) {
+  check_device(kOp, u, u);
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   OptionalTensor marks;
   CudaScanGradArgs grad{};

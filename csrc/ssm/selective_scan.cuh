@@ -80,10 +80,11 @@ struct ScanBlock {
   static int64_t parts(int64_t channels_of_group) { return (channels_of_group + kChannels - 1) / kChannels; }
 };
 
+// Rows of odd length: what is stored along time then meets different banks.
 template <class S>
 using ScanTile = S[kScanChunk][ScanBlock<S>::kChannels + 1];
 template <class S>
-using StateTile = S[kScanChunk][ScanBlock<S>::kPass + ScanBlock<S>::kStates];  // rows keep vectors of states aligned
+using StateTile = S[kScanChunk][ScanBlock<S>::kPass + 1];
 
 template <class S>
 LZ_DEVICE ScanBlock<S> scan_block(const CudaScanArgs& a, int64_t item) {
