@@ -2,6 +2,7 @@
 // reads its cases from a file, so that both builds run the same cases against the same oracle (see cases.py).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -44,8 +45,8 @@ const char* run_checked(const F& launches) {
 using Function = const char* (*)(const void* arguments, int64_t max_blocks);
 
 // In the file, for each case: function, seed, bytes of the arguments, arrays; for each array its address in the
-// arguments, bytes and access; the arguments; the arrays. Written back to the second file: the arrays that are no
-// input.
+// arguments (or of an element of it), bytes and access; the arguments; the arrays. Written back to the second file: the
+// arrays that are no input.
 inline int run_cases(char** argv, std::initializer_list<Function> functions) {
   std::FILE* in = std::fopen(argv[1], "rb");
   std::FILE* out = std::fopen(argv[2], "wb");
@@ -61,8 +62,8 @@ inline int run_cases(char** argv, std::initializer_list<Function> functions) {
     }
     for (int64_t& word : arguments)
       for (int64_t i = 0; i < head[3]; ++i)
-        if (word != 0 && word == arrays[3 * i]) {
-          word = reinterpret_cast<int64_t>(data[i]);
+        if (word != 0 && word >= arrays[3 * i] && word - arrays[3 * i] < std::max<int64_t>(arrays[3 * i + 1], 1)) {
+          word += reinterpret_cast<int64_t>(data[i]) - arrays[3 * i];
           break;
         }
     emu::reset(head[1]);

@@ -78,7 +78,7 @@ std::vector<Array> arrays;
 std::unique_ptr<Fibre[]> fibres;
 char* stacks = nullptr;
 alignas(256) char arena[kArena];
-size_t arena_used, dynamic_size;
+size_t arena_used, shared_used, dynamic_size;
 jmp_buf scheduler;
 int current = -1;  // the thread that runs
 unsigned threads;
@@ -235,7 +235,7 @@ void clear_shared() {
   ASAN(__asan_unpoison_memory_region(arena, kArena);)
   std::memset(arena, 0xff, kArena);  // NaN in every floating-point type
   ASAN(__asan_poison_memory_region(arena, kArena);)
-  arena_used = 0;
+  arena_used = shared_used = 0;
 }
 
 void run_block(dim3 at) {
@@ -359,7 +359,8 @@ unsigned lane() { return static_cast<unsigned>(current) % kWarp; }
 void* shared_memory(const void* key, const char* name, size_t bytes, unsigned element) {
   for (const Array& a : arrays)
     if (a.key == key) return reinterpret_cast<void*>(a.base);
-  if (arena_used + bytes > kSharedLimit) fail("shared memory: " + std::string(name) + " exceeds the block's 48 KiB");
+  if ((shared_used += bytes) > kSharedLimit)
+    fail("shared memory: " + std::string(name) + " exceeds the block's 48 KiB");
   char* base = arena + arena_used + kRedZone;
   arena_used += (bytes + 2 * kRedZone - 1) / kRedZone * kRedZone;
   ASAN(__asan_unpoison_memory_region(base, bytes);)
