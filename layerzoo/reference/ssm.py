@@ -258,7 +258,7 @@ def causal_conv1d_backward(
     seq_idx: Tensor | None,
     initial_states: Tensor | None,
     silu: bool,
-    reverse: bool,
+    reverse: bool = False,  # torch leaves out a last argument that is its default
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, initial_states; None for what is None."""
     if reverse:
