@@ -175,7 +175,7 @@ class DenseMamba(nn.Module):
             hidden_states = hidden_states + mixer.out_proj(y)
             scans.append(scan)
             if own is not None:
-                moves.append((own, inner[:, -mixer.d_conv :].mT, state))
+                moves.append((own, inner, state))
         for move in moves:
             move_on(*move)
         return hidden_states
