@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerzoo import nn as zoo
 from layerzoo import ops, reference
 from layerzoo.bench.case import Candidate, Case, Cost, Direction, Shape, Target, Work
 from layerzoo.bench.cases.ssm_images import CASES as IMAGES
@@ -400,21 +399,29 @@ def _accelerated(module: nn.Module) -> nn.Module:
 
 
 def _u_shape(shape: Shape) -> tuple[nn.Module, Tensors]:
+    from layerzoo import nn as zoo
+
     layer = zoo.UShapeMamba(shape["C"], 4 * shape["C"])
     sizes = (shape["B"], shape["C"], shape["side"], shape["side"])
     return layer, {"x": torch.randn(sizes), "temb": torch.randn(shape["B"], 4 * shape["C"])}
 
 
 def _mambular(shape: Shape) -> tuple[nn.Module, Tensors]:
+    from layerzoo import nn as zoo
+
     return zoo.Mambular(shape["F"], d_model=shape["H"]), {"x": torch.randn(shape["B"], shape["F"])}
 
 
 def _dual_path(shape: Shape) -> tuple[nn.Module, Tensors]:
+    from layerzoo import nn as zoo
+
     layer = zoo.DualPathMamba(shape["H"], chunk_size=shape["K"])
     return layer, {"x": torch.randn(shape["B"], shape["L"], shape["H"])}
 
 
 def _dense(shape: Shape) -> tuple[nn.Module, Tensors]:
+    from layerzoo import nn as zoo
+
     layer = zoo.DenseMamba(shape["H"], num_layers=shape["layers"])
     return layer, {"x": torch.randn(shape["B"], shape["L"], shape["H"])}
 
