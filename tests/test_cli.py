@@ -30,7 +30,9 @@ def test_list_prints_names_and_summaries() -> None:
 
 def test_list_filters_and_prints_json() -> None:
     cards = json.loads(run("list", "ssm/*", "--family", "ssm", "--domain", "language", "--json").stdout)
-    assert [card["name"] for card in cards] == list_layers("ssm/*")
+    names = [card["name"] for card in cards]
+    assert names == list_layers("ssm/*", family="ssm", domain="language")
+    assert "ssm/mamba" in names and "ssm/vision_mamba" not in names
     assert cards[0]["config"]["d_model"]["required"] is True
 
 
