@@ -91,8 +91,10 @@ def test_layouts(layout: str, dtype: torch.dtype, channels: int) -> None:
 @pytest.mark.parametrize("length", [0, 1, 2, 64, 65, 130])  # blocks of 64 steps
 @pytest.mark.parametrize("width", [1, 3, 4, 6])
 @pytest.mark.parametrize("layout", ["channel-last", "chunk"])
-def test_rows(layout: str, width: int, length: int, dtype: torch.dtype) -> None:
-    check(conv_arguments(2, 21, length, width, leave_out=("seq_idx",), dtype=dtype, layouts=(layout,)))
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rows(reverse: bool, layout: str, width: int, length: int, dtype: torch.dtype) -> None:
+    options = {"leave_out": ("seq_idx",), "dtype": dtype, "layouts": (layout,), "reverse": reverse}
+    check(conv_arguments(2, 21, length, width, **options))
 
 
 def test_long_rows() -> None:

@@ -48,11 +48,10 @@ class _TwoWayMamba(nn.Module):
 
 
 def _against(mamba: Mamba, hidden_states: Tensor) -> Tensor:
-    """What the layer gives for the flipped sequence, flipped; nothing is flipped but the taps of the convolution."""
+    """What the layer gives for the flipped sequence, flipped; nothing is flipped in memory."""
     x, z = mamba.in_proj(hidden_states).chunk(2, dim=2)  # b l d each
-    weight, later = mamba.conv1d.weight.squeeze(1).flip(1), mamba.d_conv - 1
-    x = F.pad(x, (0, 0, 0, later)).transpose(1, 2)
-    x = causal_conv1d(x, weight, mamba.conv1d.bias, activation="silu")[:, :, later:]
+    weight = mamba.conv1d.weight.squeeze(1)
+    x = causal_conv1d(x.transpose(1, 2), weight, mamba.conv1d.bias, activation="silu", reverse=True)
     y = selective_scan(**mamba._scan_arguments(x, z), reverse=True)
     out: Tensor = mamba.out_proj(y.transpose(1, 2))
     return out
