@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from layerzoo.nn.linear import Linear
 from layerzoo.nn.ssm.cache import Cache, cache_of, check_cache, each_sequence, marks_of, move_on, zero_cache
-from layerzoo.nn.ssm.selection import StepInit, check_sizes, decay, rank_of, reset_scan
+from layerzoo.nn.ssm.selection import StepInit, check_sizes, decay, rank_of, reset_scan, scan_arguments, select
 from layerzoo.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
-from layerzoo.ops.linear import linear
 
 
 class Mamba(nn.Module):
@@ -149,23 +148,8 @@ class Mamba(nn.Module):
 
     def _scan_arguments(self, x: Tensor, z: Tensor) -> dict[str, Any]:
         """Of selective_scan: x (b, d, l) out of the convolution, and the gate z (b, l, d)."""
-        delta, B, C = self._select(x.transpose(1, 2))
-        return {
-            "u": x,
-            "delta": delta.transpose(1, 2),
-            "A": decay(self.A_log),
-            "B": B.transpose(1, 2),
-            "C": C.transpose(1, 2),
-            "D": self.D,
-            "z": z.transpose(1, 2),
-            "delta_bias": self.dt_proj.bias,
-            "delta_softplus": True,
-        }
-
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., d_inner) -> step size before its bias (..., d_inner), B and C (..., d_state)."""
-        low, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return linear(low, self.dt_proj.weight), B, C
+        dt_proj = self.dt_proj
+        return scan_arguments(x, self.x_proj(x.mT), dt_proj.weight, dt_proj.bias, self.A_log, self.D, z.mT)
 
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, state_batch_indices: Tensor | None = None
@@ -181,7 +165,7 @@ class Mamba(nn.Module):
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=1)  # b d each
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         x = causal_conv1d_update(x, conv_state, weight, bias, "silu", None, state_batch_indices)
-        delta, B, C = self._select(x)
+        delta, B, C = select(self.x_proj(x), self.dt_proj.weight, self.d_state)
         y = selective_state_update(
             ssm_state, x, delta, decay(self.A_log), B, C, self.D, z, self.dt_proj.bias, True, state_batch_indices
         )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,21 @@ def decay(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
+def select(projected: Tensor, dt_proj: Tensor, state: int) -> tuple[Tensor, Tensor, Tensor]:
+    """projected (..., R + 2 n), dt_proj (d, R) -> step sizes before their bias (..., d), B and C (..., n)."""
+    low, B, C = projected.split([dt_proj.shape[1], state, state], dim=-1)
+    return linear(low, dt_proj), B, C
+
+
+def scan_arguments(
+    u: Tensor, projected: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, z: Tensor | None
+) -> dict[str, Any]:
+    """Of selective_scan: u and its gate z (b, d, l), projected (b, l, R + 2 n), dt_proj (d, R), A_log (d, n)."""
+    delta, B, C = select(projected, dt_proj, A_log.shape[1])
+    scan = {"u": u, "delta": delta.mT, "A": decay(A_log), "B": B.mT, "C": C.mT, "D": D, "z": z}
+    return scan | {"delta_bias": dt_bias, "delta_softplus": True}
+
+
 def scan_selected(
     u: Tensor,
     x_proj: Tensor,
@@ -77,7 +93,6 @@ def scan_selected(
 
     x_proj (R + 2 n, d): rows of the step size, B, C. dt_proj (d, R), dt_bias (d,), A_log (d, n), D (d,).
     """
-    rank, state = dt_proj.shape[1], A_log.shape[1]
-    low, B, C = linear(u.mT, x_proj).split([rank, state, state], dim=2)
-    delta = linear(low, dt_proj).mT
-    return selective_scan(u, delta, decay(A_log), B.mT, C.mT, D, z, dt_bias, delta_softplus=True, reverse=reverse)
+    scan = scan_arguments(u, linear(u.mT, x_proj), dt_proj, dt_bias, A_log, D, z)
+    y: Tensor = selective_scan(**scan, reverse=reverse)
+    return y
