@@ -1,8 +1,6 @@
 """State-space cases: the ops, transformers' Mamba block, and models of the shapes of mamba-130m and mamba2-130m."""
 
 import copy
-import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -14,7 +12,7 @@ from torch.nn import functional as F
 
 from layerzoo import ops, reference
 from layerzoo.bench.case import Candidate, Case, Cost, Direction, Shape, Target, Work
-from layerzoo.bench.cases.ssm_images import CASES as IMAGES
+from layerzoo.bench.cases.ssm_layers import CASES as LAYERS
 from layerzoo.reference.ssm import CHUNK
 
 Tensors = dict[str, Tensor]
@@ -395,63 +393,6 @@ def _accelerated(module: nn.Module) -> nn.Module:
     return module
 
 
-# ---- layers built from Mamba ----
-
-
-def _u_shape(shape: Shape) -> tuple[nn.Module, Tensors]:
-    from layerzoo import nn as zoo
-
-    layer = zoo.UShapeMamba(shape["C"], 4 * shape["C"])
-    sizes = (shape["B"], shape["C"], shape["side"], shape["side"])
-    return layer, {"x": torch.randn(sizes), "temb": torch.randn(shape["B"], 4 * shape["C"])}
-
-
-def _mambular(shape: Shape) -> tuple[nn.Module, Tensors]:
-    from layerzoo import nn as zoo
-
-    return zoo.Mambular(shape["F"], d_model=shape["H"]), {"x": torch.randn(shape["B"], shape["F"])}
-
-
-def _dual_path(shape: Shape) -> tuple[nn.Module, Tensors]:
-    from layerzoo import nn as zoo
-
-    layer = zoo.DualPathMamba(shape["H"], chunk_size=shape["K"])
-    return layer, {"x": torch.randn(shape["B"], shape["L"], shape["H"])}
-
-
-def _dense(shape: Shape) -> tuple[nn.Module, Tensors]:
-    from layerzoo import nn as zoo
-
-    layer = zoo.DenseMamba(shape["H"], num_layers=shape["layers"])
-    return layer, {"x": torch.randn(shape["B"], shape["L"], shape["H"])}
-
-
-@torch.no_grad()
-def _layer_inputs(shape: Shape, build: Callable[[Shape], tuple[nn.Module, Tensors]]) -> dict[str, Any]:
-    """A layer, its inputs and the gradient of its output. No weight stays at zero, which would hide others."""
-    torch.manual_seed(0)
-    layer, inputs = build(shape)
-    for parameter in layer.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return {"layer": layer, "inputs": inputs, "grad_out": torch.randn_like(layer(**_by_position(layer, inputs)))}
-
-
-def _by_position(layer: nn.Module, inputs: Tensors) -> Tensors:
-    """The inputs by the names of forward's arguments."""
-    return dict(zip(inspect.signature(layer.forward).parameters, inputs.values(), strict=False))
-
-
-def _layer_work(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> Work:
-    layer = copy.deepcopy(inputs["layer"]).to(dtype) if dtype else inputs["layer"]
-    leaves = _leaves(inputs["inputs"], dtype)
-    arguments = _by_position(layer, leaves)
-    return Work(lambda: layer(**arguments), leaves | dict(layer.named_parameters()), inputs["grad_out"].to(dtype))
-
-
-def _layer_reference(inputs: dict[str, Any]) -> Work:
-    return _layer_work(inputs, torch.float64)
-
-
 # ---- whole models ----
 
 
@@ -689,23 +630,6 @@ def _block_case(length: int, backward: bool, loop: Candidate, targets: tuple[Tar
     )
 
 
-def _layer_case(
-    name: str, build: Callable[[Shape], tuple[nn.Module, Tensors]], shape: Shape, check: Shape, tokens: tuple[str, ...]
-) -> Case:
-    return Case(
-        f"ssm.{name}",
-        "layer",
-        "forward+backward",
-        shape=shape,
-        check=check,
-        inputs=partial(_layer_inputs, build=build),
-        ours=Candidate("layerzoo", _layer_work),
-        reference=Candidate("float64", _layer_reference),
-        tolerance=1e-3,  # small gradients, several layers deep
-        tokens=tokens,
-    )
-
-
 def _model_case(family: str, direction: Direction, length: int, *targets: Target) -> Case:
     name, shape, tiny = MODELS[family]
     build = BUILDS[direction]
@@ -742,39 +666,11 @@ CASES = (
         Candidate("transformers", _block_host, full=True),  # three minutes
         (Target("x transformers", at_least=250), Target("x mambapy", at_least=6)),
     ),
-    _layer_case(
-        "u_shape_mamba",
-        _u_shape,
-        shape={"B": 4, "C": 64, "side": 32},
-        check={"B": 2, "C": 8, "side": 4},
-        tokens=("B", "side", "side"),
-    ),
-    _layer_case(
-        "mambular",
-        _mambular,
-        shape={"B": 256, "F": 24, "H": 64},
-        check={"B": 3, "F": 5, "H": 8},
-        tokens=("B", "F"),
-    ),
-    _layer_case(
-        "dual_path_mamba",
-        _dual_path,
-        shape={"B": 1, "L": 8192, "H": 64, "K": 128},
-        check={"B": 2, "L": 21, "H": 8, "K": 4},
-        tokens=("B", "L"),
-    ),
-    _layer_case(
-        "dense_mamba",
-        _dense,
-        shape={"B": 1, "L": 1024, "H": 256, "layers": 4},
-        check={"B": 2, "L": 21, "H": 8, "layers": 3},
-        tokens=("B", "L"),
-    ),
     _model_case("Mamba", "prefill", 128),
     _model_case("Mamba", "prefill", 512, Target("x transformers", at_least=6)),
     _model_case("Mamba", "decode", 16, Target("x transformers", at_least=3)),
     _model_case("Mamba2", "prefill", 512, Target("x transformers", at_least=8)),
     _model_case("Mamba2", "decode", 16, Target("x transformers", at_least=4)),
     _model_case("Mamba2", "forward+backward", 512, Target("x transformers", at_least=10)),
-    *IMAGES,
+    *LAYERS,
 )

@@ -1,6 +1,7 @@
-"""Cases of the state-space layers for images, against the same with flips and indices."""
+"""Cases of the state-space layers: those for images against flips and indices, the others by themselves."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,15 @@ from layerzoo.bench.case import Candidate, Case, Cost, Shape, Work
 if TYPE_CHECKING:  # when these cases are run with an older tree, only the layers that it lacks may be missed
     from layerzoo.nn import SS2D, VisionMamba
 
+Given = tuple[nn.Module, list[Tensor]]  # a layer and its inputs
+
 
 def _vision_inputs(shape: Shape) -> dict[str, Any]:
     from layerzoo import nn as zoo
 
     torch.manual_seed(0)
     x, grad_out = torch.randn(2, shape["B"], shape["L"], shape["H"])
-    return {"layer": zoo.VisionMamba(shape["H"], d_state=shape["N"]), "x": x, "grad_out": grad_out}
+    return {"layer": zoo.VisionMamba(shape["H"], d_state=shape["N"]), "given": [x], "grad_out": grad_out}
 
 
 def _image_inputs(shape: Shape, kind: str) -> dict[str, Any]:
@@ -28,15 +31,16 @@ def _image_inputs(shape: Shape, kind: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     x, grad_out = torch.randn(2, shape["B"], shape["S"], shape["S"], shape["H"])
-    return {"layer": getattr(zoo, kind)(shape["H"], d_state=shape["N"]), "x": x, "grad_out": grad_out}
+    return {"layer": getattr(zoo, kind)(shape["H"], d_state=shape["N"]), "given": [x], "grad_out": grad_out}
 
 
 def _layer_work(inputs: dict[str, Any], forward: Any = None, dtype: torch.dtype | None = None) -> Work:
-    """`forward(layer, x)`, or the layer's own."""
+    """`forward(layer, *given)`, or the layer's own."""
     layer = inputs["layer"] if dtype is None else copy.deepcopy(inputs["layer"]).to(dtype)
-    x = inputs["x"].detach().to(dtype).requires_grad_()
-    call = (lambda: layer(x)) if forward is None else (lambda: forward(layer, x))
-    return Work(call, {"x": x, **dict(layer.named_parameters())}, inputs["grad_out"].to(dtype))
+    given = [x.detach().to(dtype).requires_grad_() for x in inputs["given"]]
+    call = (lambda: layer(*given)) if forward is None else (lambda: forward(layer, *given))
+    leaves = {f"input {i}": x for i, x in enumerate(given)} | dict(layer.named_parameters())
+    return Work(call, leaves, inputs["grad_out"].to(dtype))
 
 
 def _scan_plain(*args: Any, **options: Any) -> Tensor:
@@ -99,7 +103,7 @@ def _image_reference(inputs: dict[str, Any]) -> Work:
 
 def _layer_cost(shape: Shape, inputs: dict[str, Any], ways: int, backward: bool) -> Cost:
     """The projections and, for each direction, a scan; every weight and image passes once."""
-    layer, x = inputs["layer"], inputs["x"]
+    layer, [x] = inputs["layer"], inputs["given"]
     pixels, inner, rank = x.numel() // x.shape[-1], layer.d_inner, layer.dt_rank
     products = 2 * pixels * inner * (3 * layer.d_model + ways * (2 * rank + 2 * layer.d_state))
     states = ways * pixels * inner * layer.d_state
@@ -151,8 +155,94 @@ def _image_case(name: str, kind: str, backward: bool) -> Case:
     )
 
 
+# ---- layers built from Mamba ----
+
+
+def _u_shape(shape: Shape) -> Given:
+    from layerzoo import nn as zoo
+
+    layer = zoo.UShapeMamba(shape["C"], 4 * shape["C"])
+    sizes = (shape["B"], shape["C"], shape["side"], shape["side"])
+    return layer, [torch.randn(sizes), torch.randn(shape["B"], 4 * shape["C"])]
+
+
+def _mambular(shape: Shape) -> Given:
+    from layerzoo import nn as zoo
+
+    return zoo.Mambular(shape["F"], d_model=shape["H"]), [torch.randn(shape["B"], shape["F"])]
+
+
+def _dual_path(shape: Shape) -> Given:
+    from layerzoo import nn as zoo
+
+    layer = zoo.DualPathMamba(shape["H"], chunk_size=shape["K"])
+    return layer, [torch.randn(shape["B"], shape["L"], shape["H"])]
+
+
+def _dense(shape: Shape) -> Given:
+    from layerzoo import nn as zoo
+
+    layer = zoo.DenseMamba(shape["H"], num_layers=shape["layers"])
+    return layer, [torch.randn(shape["B"], shape["L"], shape["H"])]
+
+
+@torch.no_grad()
+def _built_inputs(shape: Shape, build: Callable[[Shape], Given]) -> dict[str, Any]:
+    """A layer, its inputs and the gradient of its output. No weight stays at zero, which would hide others."""
+    torch.manual_seed(0)
+    layer, given = build(shape)
+    for parameter in layer.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return {"layer": layer, "given": given, "grad_out": torch.randn_like(layer(*given))}
+
+
+def _built_case(
+    name: str, build: Callable[[Shape], Given], shape: Shape, check: Shape, tokens: tuple[str, ...]
+) -> Case:
+    return Case(
+        f"ssm.{name}",
+        "layer",
+        "forward+backward",
+        shape=shape,
+        check=check,
+        inputs=partial(_built_inputs, build=build),
+        ours=Candidate("layerzoo", _layer_work),
+        reference=Candidate("float64", partial(_layer_work, dtype=torch.float64)),
+        tolerance=1e-3,  # small gradients, several layers deep
+        tokens=tokens,
+    )
+
+
 CASES = (
     *(_vision_case(backward) for backward in (False, True)),
     *(_image_case("ss2d", "SS2D", backward) for backward in (False, True)),
     *(_image_case("local_mamba", "LocalMamba", backward) for backward in (False, True)),
+    _built_case(
+        "u_shape_mamba",
+        _u_shape,
+        shape={"B": 4, "C": 64, "side": 32},
+        check={"B": 2, "C": 8, "side": 4},
+        tokens=("B", "side", "side"),
+    ),
+    _built_case(
+        "mambular",
+        _mambular,
+        shape={"B": 256, "F": 24, "H": 64},
+        check={"B": 3, "F": 5, "H": 8},
+        tokens=("B", "F"),
+    ),
+    _built_case(
+        "dual_path_mamba",
+        _dual_path,
+        shape={"B": 1, "L": 8192, "H": 64, "K": 128},
+        check={"B": 2, "L": 21, "H": 8, "K": 4},
+        tokens=("B", "L"),
+    ),
+    _built_case(
+        "dense_mamba",
+        _dense,
+        shape={"B": 1, "L": 1024, "H": 256, "layers": 4},
+        check={"B": 2, "L": 21, "H": 8, "layers": 3},
+        tokens=("B", "L"),
+    ),
 )
