@@ -18,6 +18,7 @@ from cases import (
     INPUT,
     OUTPUT,
     SEEDS,
+    TOLERANCE,
     Call,
     Ids,
     Operand,
@@ -37,7 +38,6 @@ pytestmark = [
 ]
 
 CHANNELS, STEPS = 32, 128  # of a tile; test_tile holds them to the source
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 3e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 BCT = ("batch", "channel", "time")
 
 

@@ -17,6 +17,7 @@ from cases import (
     INPUT,
     OUTPUT,
     SEEDS,
+    TOLERANCE,
     Call,
     Ids,
     Operand,
@@ -34,7 +35,6 @@ pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++ on Linux"),
 ]
 
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 3e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 BCT = ("batch", "channel", "time")
 
 

@@ -16,6 +16,7 @@ from cases import (
     INPUT,
     OUTPUT,
     SEEDS,
+    TOLERANCE,
     Call,
     HeadOperand,
     Ids,
@@ -33,7 +34,6 @@ pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++ on Linux"),
 ]
 
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 3e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 LETTERS = {"b": "batch", "h": "head", "c": "channel", "n": "time"}  # of HeadOperand's strides
 AXES = {"state": "bhcn", "x": "bhc", "dt": "bhc", "z": "bhc", "out": "bhc", "A": "hcn", "B": "bhn", "C": "bhn"}
 AXES |= {"D": "hc", "bias": "hc"}
