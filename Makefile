@@ -8,7 +8,7 @@ BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml MANIFEST.in
 PLUGINS := $(shell find plugins -name build -prune -o -name '*.egg-info' -prune -o -type f -print)
 CXX_FILES := $(shell find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-OP_TESTS := tests/linear tests/ssm
+OP_TESTS := tests/linear tests/moe tests/ssm
 PY_FILES := layerzoo tests plugins tools benchmarks setup.py
 # Both sides of every benchmark at AVX2, so that figures of different machines can be compared.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 LAYERZOO_CPU=avx2

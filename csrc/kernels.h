@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear/kernels.h"
+#include "moe/kernels.h"
 #include "probe/kernels.h"
 #include "ssm/kernels.h"
 
@@ -10,6 +11,7 @@ namespace layerzoo {
 struct Kernels {
   const char* isa;
   LinearKernels linear;
+  MoeKernels moe;
   ProbeKernels probe;
   SsmKernels ssm;
 };

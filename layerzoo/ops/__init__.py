@@ -2,6 +2,7 @@
 
 from layerzoo import _native
 from layerzoo.ops.linear import skinny_linear
+from layerzoo.ops.moe import moe_experts, moe_experts_ragged
 from layerzoo.ops.ssm import (
     causal_conv1d,
     causal_conv1d_update,
@@ -23,6 +24,8 @@ __all__ = [
     "cross_merge",
     "cross_scan",
     "linear_scan",
+    "moe_experts",
+    "moe_experts_ragged",
     "s4d_kernel",
     "selective_scan",
     "selective_state_update",

@@ -1,0 +1,195 @@
+// The family's CPU ops. Schemas and the checks that users see are in layerzoo/ops/moe/.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../common/calls.h"
+#include "../common/pages.h"
+#include "../common/parallel.h"
+#include "../kernels.h"
+#include "dispatch.h"
+
+namespace layerzoo {
+namespace {
+
+CallCounter calls("moe_experts"), backward_calls("moe_experts_backward");
+
+// On one AVX2 core.
+constexpr double kProductNanoseconds = 0.0125, kBytesPerNanosecond = 14;
+
+Rows rows(const Tensor& t, const char* name) {
+  Rows r;
+  r.data = t.data_ptr(), r.dtype = dtype_of(t, name), r.stride = t.stride(0);
+  return r;
+}
+
+Tensor with_unit_columns(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// `transposed`: the tensor is (experts, in, out).
+Matrices matrices(const Tensor& t, const char* name, bool transposed) {
+  const bool flipped = t.size(2) > 1 && t.stride(2) != 1;
+  STD_TORCH_CHECK(!flipped || t.size(1) <= 1 || t.stride(1) == 1, name,
+                  " must have neighbouring rows or columns beside each other, got strides ", t.stride(0), ", ",
+                  t.stride(1), ", ", t.stride(2));
+  Matrices m;
+  m.data = t.data_ptr(), m.dtype = dtype_of(t, name);
+  m.expert = t.stride(0), m.row = t.stride(flipped ? 2 : 1), m.transposed = transposed != flipped;
+  return m;
+}
+
+// What both passes share; the tensors keep alive what `args` points at.
+struct Experts {
+  ScalarType type;
+  Tensor x, weights;
+  OptionalTensor b13, b2;
+  Sorted sorted;
+  int64_t pairs;
+
+  Experts(const Tensor& x_, const Tensor& ids, const Tensor& weights_, const OptionalTensor& offsets, const Tensor& w13,
+          const OptionalTensor& b13_, const OptionalTensor& b2_, int64_t first)
+      : type(accumulate_type(x_)),
+        x(with_unit_columns(x_)),
+        weights(contiguous_as(weights_, type)),
+        b13(contiguous_as(b13_, type)),
+        b2(contiguous_as(b2_, type)),
+        sorted(offsets ? Sorted::by_offsets(ids, *offsets, x_.size(0)) : Sorted::by_ids(ids, w13.size(0), first)),
+        pairs(weights.numel()) {
+    STD_TORCH_CHECK(sorted.tokens == x.size(0) && pairs == ids.numel() && sorted.experts == w13.size(0),
+                    "moe_experts: x, ids, weights and w13 do not fit together");
+  }
+
+  template <class Args>
+  Args arguments(const Tensor& w13, const Tensor& w2, int64_t activation, bool gated, bool transposed, bool interleaved,
+                 double alpha, double shift, double limit) const {
+    Args a{};
+    static_cast<Dispatch&>(a) = sorted;
+    a.f64 = type == ScalarType::Double, a.gated = gated, a.interleaved = interleaved;
+    a.activation = static_cast<Activation>(activation), a.alpha = alpha, a.shift = shift, a.limit = limit;
+    a.outer = x.size(1), a.inner = w2.size(transposed ? 1 : 2);
+    const int64_t e = a.experts, h = a.outer, i = a.inner, width = a.width();
+    transposed ? check_shape(w13, "w13", {e, h, width}) : check_shape(w13, "w13", {e, width, h});
+    transposed ? check_shape(w2, "w2", {e, i, h}) : check_shape(w2, "w2", {e, h, i});
+    check_shape(b13, "b13", {e, width});
+    check_shape(b2, "b2", {e, h});
+    a.x = rows(x, "x"), a.w13 = matrices(w13, "w13", transposed), a.w2 = matrices(w2, "w2", transposed);
+    STD_TORCH_CHECK(a.f64 == (a.w13.dtype == DType::f64) && a.f64 == (a.w2.dtype == DType::f64),
+                    "moe_experts: float64 needs x, w13 and w2 all in float64");
+    a.b13 = data_or_null(b13), a.b2 = data_or_null(b2), a.weights = weights.data_ptr();
+    return a;
+  }
+
+  Tensor empty(std::initializer_list<int64_t> sizes) const {
+    return in_large_pages(torch::stable::new_empty(x, std::vector<int64_t>(sizes), type));
+  }
+};
+
+// Of a task that multiplies the rows of one expert with `columns` of a matrix.
+double work(const Dispatch& d, int64_t columns, int64_t length, int64_t element_size) {
+  const double elements = static_cast<double>(columns * length);
+  const double rows = static_cast<double>(d.rows) / static_cast<double>(std::max<int64_t>(d.active, 1));
+  return elements * (rows * kProductNanoseconds + static_cast<double>(element_size) / kBytesPerNanosecond);
+}
+
+double combine_work(const Dispatch& d, int64_t outer) {
+  return static_cast<double>(outer * (d.rows / std::max<int64_t>(d.tokens, 1) + 1)) * 0.25;
+}
+
+std::tuple<Tensor, Tensor> moe_experts(const Tensor& x, const Tensor& ids, const Tensor& weights,
+                                       const OptionalTensor& offsets, const Tensor& w13, const Tensor& w2,
+                                       const OptionalTensor& b13, const OptionalTensor& b2, int64_t activation,
+                                       bool gated, bool transposed, bool interleaved, double alpha, double shift,
+                                       double limit, int64_t first, bool save) {
+  ++calls;
+  const Experts experts(x, ids, weights, offsets, w13, b13, b2, first);
+  auto a = experts.arguments<ExpertsArgs>(w13, w2, activation, gated, transposed, interleaved, alpha, shift, limit);
+  Tensor out = torch::stable::new_empty(x, {a.tokens, a.outer});
+  Tensor hidden = experts.empty({save ? experts.pairs : 0, a.width()});
+  Tensor inner = experts.empty({a.rows, a.inner}), y = experts.empty({a.rows, a.outer});
+  a.hidden = save ? hidden.data_ptr() : nullptr, a.a = inner.data_ptr(), a.y = y.data_ptr();
+  a.out = out.data_ptr(), a.out_dtype = dtype_of(x, "x");
+  const MoeKernels& k = kernels().moe;
+  const int64_t scratch = k.experts_scratch(a), size = w13.element_size();
+  parallel_with_scratch(a.active * a.inner_tasks(), work(a, 2 * kMoeInner, a.outer, size), scratch,
+                        [&](void* own, int64_t begin, int64_t end) { k.experts_up(a, own, begin, end); });
+  parallel_with_scratch(a.active * a.outer_tasks(), work(a, kMoeOuter, a.inner, size), scratch,
+                        [&](void* own, int64_t begin, int64_t end) { k.experts_down(a, own, begin, end); });
+  parallel(a.tokens, combine_work(a, a.outer),
+           [&](int64_t, int64_t begin, int64_t end) { k.experts_combine(a, begin, end); });
+  return {out, hidden};
+}
+
+// Bits of `needed`: x, weights, w13, w2, b13, b2.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
+    const Tensor& grad_out_, const Tensor& x, const Tensor& ids, const Tensor& weights, const OptionalTensor& offsets,
+    const Tensor& w13, const Tensor& w2, const OptionalTensor& b13, const OptionalTensor& b2, int64_t activation,
+    bool gated, bool transposed, bool interleaved, double alpha, double shift, double limit, int64_t first,
+    const Tensor& hidden, int64_t needed) {
+  ++backward_calls;
+  const Experts experts(x, ids, weights, offsets, w13, b13, b2, first);
+  auto a = experts.arguments<ExpertsGradArgs>(w13, w2, activation, gated, transposed, interleaved, alpha, shift, limit);
+  check_shape(grad_out_, "grad_out", {a.tokens, a.outer});
+  check_shape(hidden, "hidden", {experts.pairs, a.width()});
+  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == experts.type, "hidden must come from moe_experts");
+  const auto wanted = [&](int bit) { return (needed >> bit & 1) != 0; };
+  const Tensor grad_out = with_unit_columns(grad_out_);
+  Tensor grad_x = torch::stable::new_empty(x, {wanted(0) ? a.tokens : 0, a.outer});
+  const std::vector<int64_t> pairs(weights.sizes().begin(), weights.sizes().end());
+  Tensor grad_weights = torch::stable::new_empty(weights, wanted(1) ? pairs : std::vector<int64_t>{0}, experts.type);
+  torch::stable::fill_(grad_weights, 0);  // of what is dropped
+  const auto like = [&](const Tensor& t, int bit) {
+    return wanted(bit) ? in_large_pages(torch::stable::empty_like(t)) : torch::stable::new_empty(t, {0});
+  };
+  Tensor grad_w13 = like(w13, 2), grad_w2 = like(w2, 3);
+  Tensor grad_b13 = experts.empty({wanted(4) ? a.experts : 0, a.width()});
+  Tensor grad_b2 = experts.empty({wanted(5) ? a.experts : 0, a.outer});
+  Tensor inner = experts.empty({a.rows, a.inner}), grad_hidden = experts.empty({a.rows, a.width()});
+  Tensor parts = experts.empty({a.rows, a.inner_tasks()}), y = experts.empty({wanted(0) ? a.rows : 0, a.outer});
+  a.grad_out = rows(grad_out, "grad_out"), a.hidden = hidden.data_ptr(), a.a = inner.data_ptr();
+  a.grad_hidden = grad_hidden.data_ptr(), a.parts = parts.data_ptr();
+  if (wanted(2)) a.grad_w13 = matrices(grad_w13, "w13", transposed);
+  if (wanted(3)) a.grad_w2 = matrices(grad_w2, "w2", transposed);
+  if (wanted(4)) a.grad_b13 = grad_b13.data_ptr();
+  if (wanted(5)) a.grad_b2 = grad_b2.data_ptr();
+  if (wanted(1)) a.grad_weights = grad_weights.data_ptr();
+  const MoeKernels& k = kernels().moe;
+  const int64_t scratch = k.experts_backward_scratch(a), size = w13.element_size();
+  parallel_with_scratch(a.active * a.inner_tasks(), work(a, kMoeInner, a.outer, size), scratch,
+                        [&](void* own, int64_t begin, int64_t end) { k.experts_grad_hidden(a, own, begin, end); });
+  if (wanted(0)) {
+    a.y = y.data_ptr(), a.out = grad_x.data_ptr(), a.out_dtype = dtype_of(x, "x");
+    parallel_with_scratch(a.active * a.outer_tasks(), work(a, kMoeOuter, a.width(), size), scratch,
+                          [&](void* own, int64_t begin, int64_t end) { k.experts_grad_x(a, own, begin, end); });
+    ExpertsArgs sum = a;
+    sum.weights = nullptr;
+    parallel(a.tokens, combine_work(a, a.outer),
+             [&](int64_t, int64_t begin, int64_t end) { k.experts_combine(sum, begin, end); });
+  }
+  if (wanted(2))
+    parallel_with_scratch(a.w13_tasks(), work(a, kMoeGradient, a.outer, size), scratch,
+                          [&](void* own, int64_t begin, int64_t end) { k.experts_grad_w13(a, own, begin, end); });
+  if (wanted(3))
+    parallel_with_scratch(a.w2_tasks(), work(a, kMoeGradient, a.inner, size), scratch,
+                          [&](void* own, int64_t begin, int64_t end) { k.experts_grad_w2(a, own, begin, end); });
+  if (wanted(1) || wanted(4) || wanted(5))
+    parallel(a.experts, work(a, 1, a.width() + a.outer, 4),
+             [&](int64_t, int64_t begin, int64_t end) { k.experts_grad_small(a, begin, end); });
+  const auto as = [](const Tensor& t, const OptionalTensor& like) {
+    return like ? contiguous_as(t, like->scalar_type()) : t;
+  };
+  return {grad_x,         contiguous_as(grad_weights, weights.scalar_type()), grad_w13, grad_w2, as(grad_b13, b13),
+          as(grad_b2, b2)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(layerzoo, CPU, m) {
+  m.impl("moe_experts", TORCH_BOX(&moe_experts));
+  m.impl("moe_experts_backward", TORCH_BOX(&moe_experts_backward));
+}
+
+}  // namespace layerzoo

@@ -1,0 +1,1 @@
+"""Layers of the mixture-of-experts family."""
