@@ -80,6 +80,34 @@ struct ExpertsGradArgs : ExpertsArgs {
   int64_t tasks(int64_t size) const { return (size + kMoeGradient - 1) / kMoeGradient * experts; }
 };
 
+constexpr int64_t kRouteTokens = 64;  // tokens in a task
+constexpr double kRouteTiny = 1e-20;  // keeps a sum of weights from being zero
+
+enum class Score : int64_t { softmax, sigmoid, topk_softmax };
+
+struct RouteArgs {
+  bool f64 = false, top2 = false, normalize = false;
+  Score score = Score::softmax;
+  int64_t tokens = 0, experts = 0, k = 0, groups = 1, topk_group = 1;
+  double scale = 1;
+  Rows logits, noise;          // (tokens, experts); noise may be null
+  const void* bias = nullptr;  // S: (experts), may be null
+  void* weights = nullptr;     // S: (tokens, k)
+  int64_t* ids = nullptr;      // (tokens, k)
+  void* lse = nullptr;         // S: (tokens), of the logits with noise
+  void* parts = nullptr;       // S: (tasks, experts): sums of the probabilities
+
+  int64_t tasks() const { return (tokens + kRouteTokens - 1) / kRouteTokens; }
+};
+
+struct RouteGradArgs : RouteArgs {
+  const int64_t* chosen = nullptr;        // (tokens, k): ids before any was dropped
+  const void* grad_weights = nullptr;     // S: (tokens, k)
+  const void* grad_importance = nullptr;  // S: (experts), may be null
+  const void* grad_lse = nullptr;         // S: (tokens), may be null
+  void* grad_logits = nullptr;            // (tokens, experts) in the type of the logits
+};
+
 struct MoeKernels {
   int64_t (*experts_scratch)(const ExpertsArgs&);
   void (*experts_up)(const ExpertsArgs&, void* scratch, int64_t begin, int64_t end);
@@ -91,6 +119,9 @@ struct MoeKernels {
   void (*experts_grad_w13)(const ExpertsGradArgs&, void* scratch, int64_t begin, int64_t end);
   void (*experts_grad_w2)(const ExpertsGradArgs&, void* scratch, int64_t begin, int64_t end);
   void (*experts_grad_small)(const ExpertsGradArgs&, int64_t begin, int64_t end);
+  int64_t (*route_scratch)(const RouteArgs&);
+  void (*route)(const RouteArgs&, void* scratch, int64_t begin, int64_t end);
+  void (*route_backward)(const RouteGradArgs&, void* scratch, int64_t begin, int64_t end);
 };
 
 #ifdef LZ_ISA
@@ -105,6 +136,9 @@ void experts_grad_x(const ExpertsGradArgs&, void*, int64_t, int64_t);
 void experts_grad_w13(const ExpertsGradArgs&, void*, int64_t, int64_t);
 void experts_grad_w2(const ExpertsGradArgs&, void*, int64_t, int64_t);
 void experts_grad_small(const ExpertsGradArgs&, int64_t, int64_t);
+int64_t route_scratch(const RouteArgs&);
+void route(const RouteArgs&, void*, int64_t, int64_t);
+void route_backward(const RouteGradArgs&, void*, int64_t, int64_t);
 }  // namespace LZ_ISA
 #endif
 

@@ -1,5 +1,8 @@
 """Layers: drop-in `nn.Module`s, one file each, under their family."""
 
+from layerzoo.nn.moe.base_layer import BASELayer
+from layerzoo.nn.moe.sparse_moe import SparseMoE
+from layerzoo.nn.moe.switch_ffn import SwitchFFN
 from layerzoo.nn.ssm.bigs import BiGS
 from layerzoo.nn.ssm.dense_mamba import DenseMamba
 from layerzoo.nn.ssm.dual_path_mamba import DualPathMamba
@@ -19,6 +22,7 @@ __all__ = [
     "RGLRU",
     "S4D",
     "SS2D",
+    "BASELayer",
     "BiGS",
     "DenseMamba",
     "DualPathMamba",
@@ -26,6 +30,8 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mambular",
+    "SparseMoE",
+    "SwitchFFN",
     "UShapeMamba",
     "VisionMamba",
     "hgrn_lower_bounds",

@@ -166,3 +166,154 @@ def moe_experts_backward(
         if grad_b2 is not None:
             grad_b2[e] = (weight * go).sum(0)
     return grad_x.to(x.dtype), grad_w.to(weights.dtype).view_as(weights), grad_w13, grad_w2, grad_b13, grad_b2
+
+
+# ---- routing ----
+
+SCORES = ("softmax", "sigmoid", "topk_softmax")
+TINY = 1e-20
+
+
+def _first_largest(x: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest along the last dimension, largest first, of equals the lowest index."""
+    return torch.sort(x, dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _keep_groups(choice: Tensor, groups: int, topk_group: int, top2: bool) -> Tensor:
+    grouped = choice.view(choice.shape[0], groups, -1)
+    best = grouped.sort(dim=-1, descending=True).values[..., : 2 if top2 else 1]
+    kept = _first_largest(best.sum(-1), topk_group)
+    mask = torch.zeros(choice.shape[0], groups, dtype=torch.bool, device=choice.device).scatter_(1, kept, True)
+    return grouped.masked_fill(~mask[..., None], -math.inf).flatten(1)
+
+
+def _drop(ids: Tensor, weights: Tensor, experts: int, capacity: int, by_weight: bool) -> Tensor:
+    """Which pairs (T, k) are over the capacity of their expert."""
+    tokens, k = ids.shape
+    order = torch.arange(tokens * k, device=ids.device).view(tokens, k).T.flatten()  # first choices first
+    if by_weight:
+        order = order[torch.sort(weights.flatten()[order], descending=True, stable=True).indices]
+    sorted_ids, by_expert = torch.sort(ids.flatten()[order], stable=True)
+    first = torch.searchsorted(sorted_ids, torch.arange(experts, device=ids.device))
+    place = torch.arange(tokens * k, device=ids.device) - first[sorted_ids]
+    over = torch.zeros(tokens * k, dtype=torch.bool, device=ids.device)
+    over[order[by_expert]] = place >= capacity
+    return over.view(tokens, k)
+
+
+def _scored(logits: Tensor, noise: Tensor | None, score: int) -> tuple[Tensor, Tensor]:
+    acc = accumulate_dtype(logits)
+    z = logits.to(acc) if noise is None else logits.to(acc) + noise.to(acc)
+    return z, torch.sigmoid(z) if SCORES[score] == "sigmoid" else z.softmax(dim=1)
+
+
+def moe_route(
+    logits: Tensor,
+    top_k: int,
+    score: int,
+    bias: Tensor | None,
+    groups: int,
+    topk_group: int,
+    top2: bool,
+    normalize: bool,
+    scale: float,
+    noise: Tensor | None,
+    capacity: int,
+    by_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """weights, ids, ids before any was dropped, counts, importance, log-sum-exp, dropped."""
+    z, p = _scored(logits, noise, score)
+    experts, late = logits.shape[1], SCORES[score] == "topk_softmax"
+    choice = (z if late else p) if bias is None else (z if late else p) + bias.to(z.dtype)
+    choice = torch.where(choice.isnan(), math.inf, choice)
+    if groups > 1:
+        choice = _keep_groups(choice, groups, topk_group, top2)
+    ids = _first_largest(choice, top_k)
+    weights = z.gather(1, ids).softmax(dim=1) if late else p.gather(1, ids)
+    if normalize:
+        weights = weights / (weights.sum(dim=1, keepdim=True) + TINY)
+    weights = weights * scale
+    chosen = ids if capacity > 0 else ids[:0]
+    counts = torch.bincount(ids.flatten(), minlength=experts)
+    dropped = counts.new_zeros(())
+    if capacity > 0:
+        over = _drop(ids, weights, experts, capacity, by_weight)
+        ids, weights, dropped = ids.masked_fill(over, experts), weights.masked_fill(over, 0), over.sum()
+    importance = (p / p.sum(dim=1, keepdim=True)).sum(0)
+    return weights.to(logits.dtype), ids, chosen.clone(), counts, importance, z.logsumexp(dim=1), dropped
+
+
+def moe_route_backward(
+    grad_weights: Tensor,
+    grad_importance: Tensor | None,
+    grad_lse: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    chosen: Tensor,
+    lse: Tensor,
+    score: int,
+    noise: Tensor | None,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """The gradient of the logits, which is that of the noise too."""
+    z, s = _scored(logits, noise, score)
+    chosen = chosen if chosen.shape[0] == ids.shape[0] else ids
+    g = grad_weights.to(z.dtype).masked_fill(ids == logits.shape[1], 0) * scale
+    late, p = SCORES[score] == "topk_softmax", z.softmax(dim=1)
+    grad_s, grad_z = torch.zeros_like(z), torch.zeros_like(z)
+    if late:
+        r = z.gather(1, chosen).softmax(dim=1)
+        grad_z.scatter_add_(1, chosen, r * (g - (g * r).sum(1, keepdim=True)))
+    else:
+        w = s.gather(1, chosen)
+        if normalize:
+            total = w.sum(1, keepdim=True) + TINY
+            g = (g - (g * w).sum(1, keepdim=True) / total) / total
+        grad_s.scatter_add_(1, chosen, g)
+    if grad_importance is not None:
+        total, q = s.sum(1, keepdim=True), s / s.sum(1, keepdim=True)
+        grad_s += (grad_importance - (q * grad_importance).sum(1, keepdim=True)) / total
+    if SCORES[score] == "sigmoid":
+        grad_z += grad_s * s * (1 - s)
+    else:
+        grad_z += p * (grad_s - (grad_s * p).sum(1, keepdim=True))
+    if grad_lse is not None:
+        grad_z += grad_lse[:, None] * p
+    return grad_z.to(logits.dtype)
+
+
+def balanced_assignment(scores: Tensor) -> Tensor:
+    """The auction of the kernel with all tokens that wait bidding at once: another order, the same guarantee."""
+    tokens, experts = scores.shape
+    score = scores.detach().double().cpu()
+    finite = score[score.isfinite()]
+    least, most = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+    score = torch.nan_to_num(score, nan=min(least, 0.0), posinf=max(most, 0.0), neginf=min(least, 0.0))
+    places = -(-tokens // experts)
+    value = torch.cat([score, score.new_zeros(places * experts - tokens, experts)])
+    price = value.new_zeros(experts, places)
+    spread = max(float(value.max() - value.min()), 1e-12) if value.numel() else 1e-12
+    ids = torch.zeros(len(value), dtype=torch.int64)
+    step = spread / 4
+    while step > spread * 1e-5:
+        step = max(step / 5, spread * 1e-5)
+        holder = torch.full((experts, places), -1)
+        waiting = list(range(len(value)))
+        for _ in range(400 * len(value)):
+            if not waiting:
+                break
+            who = waiting.pop()
+            net = value[who] - price.min(dim=1).values
+            where = int(net.argmax())
+            others = torch.cat([net[:where], net[where + 1 :], value[who, where] - price[where].sort().values[1:2]])
+            place = int(price[where].argmin())
+            price[where, place] += (float(net[where] - others.max()) if others.numel() else 0.0) + step
+            if holder[where, place] >= 0:
+                waiting.append(int(holder[where, place]))
+            holder[where, place] = who
+        free = (holder < 0).nonzero().tolist()
+        for who, (e, place) in zip(waiting, free, strict=True):
+            holder[e, place] = who
+        ids[holder.flatten()] = torch.arange(experts).repeat_interleave(places)
+    return ids[:tokens, None].to(scores.device)

@@ -47,6 +47,15 @@ def with_images(mixer: str, **config) -> nn.Module:
     return model
 
 
+def with_experts() -> nn.Module:
+    model = vit(global_pool="avg")
+    torch.manual_seed(0)
+    config = {"hidden_size": 48, "intermediate_size": 48, "num_experts": 8, "top_k": 2}
+    report = swap(model, "blocks.*.mlp", "moe/sparse_moe", **config)
+    assert [entry.name for entry in report] == ["blocks.0.mlp", "blocks.1.mlp"]
+    return model
+
+
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """1797 images (n, 1, 8, 8), centred, and what they show, shuffled."""
     data = datasets.load_digits()
@@ -76,20 +85,21 @@ def accuracy(model: nn.Module, epochs: int, rate: float, batch: int = 64) -> flo
 
 class TestDigits:
     @pytest.mark.parametrize(
-        ("build", "epochs", "rate"),
+        ("build", "epochs", "rate", "kernel"),
         [
             # a class token is there, the mean of the patches answers
-            pytest.param(lambda: with_vision_mamba(global_pool="avg"), 8, 5e-3, id="VisionMamba"),
-            pytest.param(lambda: with_images("ssm/ss2d", d_state=8), 5, 3e-3, id="SS2D"),
+            pytest.param(lambda: with_vision_mamba(global_pool="avg"), 8, 5e-3, "selective_scan", id="VisionMamba"),
+            pytest.param(lambda: with_images("ssm/ss2d", d_state=8), 5, 3e-3, "selective_scan", id="SS2D"),
+            pytest.param(with_experts, 12, 5e-3, "moe_experts", id="SparseMoE"),
         ],
     )
-    def test_at_least_95_percent(self, build, epochs, rate):
+    def test_at_least_95_percent(self, build, epochs, rate, kernel):
         model = build()
-        before = _native.calls("selective_scan") if _native.status().loaded else 0
+        before = _native.calls(kernel) if _native.status().loaded else 0
         reached = accuracy(model, epochs, rate)
         assert reached >= 0.95, f"{reached:.1%}"
         if _native.status().loaded:
-            assert _native.calls("selective_scan") > before
+            assert _native.calls(kernel) > before
 
 
 class TestTokens:
