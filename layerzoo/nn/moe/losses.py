@@ -58,6 +58,7 @@ def mutual_information_loss(probabilities: Tensor) -> Tensor:
     """
 
     def entropy(p: Tensor) -> Tensor:
-        return -torch.special.xlogy(p, p).sum(dim=-1)
+        negative: Tensor = torch.special.xlogy(p, p).sum(dim=-1)
+        return -negative
 
     return entropy(probabilities).mean() - entropy(probabilities.mean(dim=0))

@@ -69,7 +69,8 @@ class RouterStats:
         """(calls,) in float64: the entropy over experts of the mean probability, in nats."""
         p = self._of(layer, 1)
         p = p / p.sum(dim=1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-        return -torch.special.xlogy(p, p).sum(dim=1)
+        negative: Tensor = torch.special.xlogy(p, p).sum(dim=1)
+        return -negative
 
     def dropped(self, layer: str) -> Tensor:
         """(calls,) in float64: the share of the pairs that lost their expert."""
