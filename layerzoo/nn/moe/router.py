@@ -111,7 +111,9 @@ class Router(nn.Module):
             nn.init.zeros_(self.noise_weight)
             nn.init.normal_(self.weight, std=0.01 / math.sqrt(self.hidden_size))
         elif self.kind == "base":
-            nn.init.orthogonal_(self.weight, gain=0.1)
+            start = torch.empty_like(self.weight, dtype=torch.float32)  # no orthogonal start in half precision
+            with torch.no_grad():
+                self.weight.copy_(nn.init.orthogonal_(start, gain=0.1))
         else:
             nn.init.normal_(self.weight, std=1 / math.sqrt(self.hidden_size))
         if self.kind == "sigmoid":
@@ -197,7 +199,8 @@ class Router(nn.Module):
         weights = (torch.sigmoid(logits) if self.top_k == 1 else probabilities).gather(1, ids)
         if self.normalize:
             weights = weights / (weights.sum(dim=1, keepdim=True) + TINY)
-        counts = torch.bincount(ids.flatten(), minlength=self.num_experts)
+        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=ids.device)
+        counts = counts.scatter_add(0, ids.flatten(), torch.ones_like(ids).flatten())
         return self._routing(weights * self.scale, ids, None, counts, logits, probabilities)
 
     def _chosen_by_experts(self, logits: Tensor) -> Routing:
@@ -205,7 +208,7 @@ class Router(nn.Module):
         capacity = min(tokens, math.ceil(tokens * self.top_k / experts))
         if capacity == 0:
             offsets = torch.zeros(experts + 1, dtype=torch.int64, device=logits.device)
-            chosen, weights = offsets[:0], logits.new_empty(0)
+            chosen, weights = offsets[:0], logits.flatten()[:0]
         else:
             chosen, weights, offsets = expert_choice(logits, capacity)
         if self.normalize:
