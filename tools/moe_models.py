@@ -15,6 +15,7 @@ from layerzoo.hosts.recipe import DISPATCH
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "vocab_size_per_layer_input": 64,
+    "unpadded_vocab_size": 64,
     "hidden_size": 32,
     "moe_hidden_size": 32,
     "intermediate_size": 48,
@@ -25,6 +26,8 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "head_dim": 8,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
@@ -35,6 +38,7 @@ SMALL: dict[str, Any] = {
     "n_routed_experts": 4,
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
+    "moe_k": 2,
     "moe_topk": 2,
     "top_k_experts": 2,
     "n_shared_experts": 1,
@@ -56,11 +60,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"moe_intermediate_size": [20, 12], "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
     "gemma4": {"enable_moe_block": True},
     "glm4v_moe": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
-    "glm5_next": {"qk_rope_head_dim": 0},
+    "flint": {"num_hidden_layers": 4},
+    "glm5_next": {"num_hidden_layers": 4, "qk_rope_head_dim": 0},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
     "hy_v4_vl": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
+    "kimi_linear": LINEAR,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mimo_v2_flash": {"num_key_value_heads": 2},
     "mistral4": {"head_dim": 16},
     "qwen3_5_moe": LINEAR,
     "qwen3_next": LINEAR,
@@ -101,7 +108,8 @@ def experts_of(kind: type[nn.Module], seed: int = 0) -> Any:
     """A module of experts alone. Its clamps, where there are any, are near enough to be met."""
     config = config_of(kind.__module__.split(".")[2])
     torch.manual_seed(seed)
-    experts = kind(config)
+    sizes = getattr(config, "moe_intermediate_size", None)  # a list is of several modules, one for text, one for images
+    experts = kind(config, sizes[0]) if isinstance(sizes, list) else kind(config)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(std=0.5)
@@ -161,5 +169,5 @@ def _model_class(family: str) -> Any:
 
 
 def _configured(kind: Any, options: dict[str, Any]) -> Any:
-    names = kind().to_dict().keys()
+    names = kind().to_dict().keys() | kind.attribute_map.keys()
     return kind(**{name: value for name, value in SMALL.items() if name in names} | options)
