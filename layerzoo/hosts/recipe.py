@@ -30,6 +30,9 @@ RECIPES = {
     f"transformers.models.{family}.modeling_{family}.{name}": f"layerzoo.hosts.transformers.{family}:{name}"
     for family, name in MIXERS.items()
 }
+# Classes of experts are many, but all get their forward, which asks the model's config whom to call, from one module.
+DISPATCH = "transformers.integrations.moe"
+EXPERTS = "layerzoo.hosts.transformers.experts:recipe_for"
 # of a whole module on a probe, relative in norm: a few ops deep, and a host may round more often than we do
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -81,18 +84,24 @@ def has_kernel(op: str, device: str) -> bool:
 def find_recipe(module: nn.Module, *, verify: bool = False) -> tuple[type[Accelerated] | None, str]:
     """The recipe for a module, or None and the reason; (None, "") where the module is of no known host."""
     kind = type(module)
-    known = [name for name in map(qualified, kind.__mro__) if name in RECIPES]
-    if not known:
+    known = next((base for base in kind.__mro__ if qualified(base) in RECIPES or _dispatches(base)), None)
+    if known is None:
         return None, ""
-    if qualified(kind) not in RECIPES:
-        return None, f"a subclass of {known[0]}, whose forward may differ; the recipe is for exactly that class"
-    path, _, name = RECIPES[known[0]].partition(":")
+    if known is not kind:
+        return None, f"a subclass of {qualified(known)}, whose forward may differ; the recipe is for exactly that class"
+    path, _, name = RECIPES.get(qualified(kind), EXPERTS).partition(":")
     try:
-        recipe: type[Accelerated] = getattr(importlib.import_module(path), name)
+        found: Any = getattr(importlib.import_module(path), name)
+        recipe: type[Accelerated] = found(kind) if _dispatches(kind) else found
     except (ImportError, AttributeError) as error:
         return None, f"the installed host lacks what the recipe is built on: {error}"
     reason = why_not(recipe, module, verify)
     return (None, reason) if reason else (recipe, "")
+
+
+def _dispatches(kind: type) -> bool:
+    forward = getattr(kind, "forward", None)
+    return getattr(forward, "__globals__", {}).get("__name__") == DISPATCH
 
 
 def why_not(recipe: type[Accelerated], module: nn.Module, verify: bool) -> str:
