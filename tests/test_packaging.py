@@ -13,7 +13,7 @@ from shutil import copytree, ignore_patterns, which
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = (".*", "build", "dist", "demo", "tests", "plugins", "*.so", "*.egg-info", "__pycache__")
+LEFT_OUT = (".*", "build", "dist", "tests", "plugins", "*.so", "*.egg-info", "__pycache__")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where ninja is
 CODE = """
 import json
