@@ -90,7 +90,7 @@ def _grids(images: dict[str, Tensor]) -> str:
     figure = Figure(figsize=(7, 3.7), layout="constrained")
     for axes, (title, some) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
         tiles = F.pad(some.clamp(-1, 1), (1, 1, 1, 1), value=-1).view(8, 8, 10, 10)
-        axes.imshow(tiles.transpose(1, 2).reshape(80, 80), cmap="gray_r", interpolation="none")
+        axes.imshow(tiles.transpose(1, 2).reshape(80, 80).numpy(), cmap="gray_r", interpolation="none")
         axes.set_title(title)
         axes.axis("off")
     return svg(figure, "digits")
