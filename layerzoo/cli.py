@@ -155,7 +155,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Smaller and shorter.")] = False,
 ) -> None:
-    """Train, sample, accelerate a transformers model, and write a report."""
+    """Train on text and images, sample both, accelerate a transformers model, and write a report."""
     with _user_errors():
         from layerzoo.demo import run_demo
     run_demo(out, quick)

@@ -13,7 +13,7 @@ from shutil import copytree, ignore_patterns, which
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = (".*", "build", "dist", "demo", "tests", "plugins", "*.so", "*.egg-info", "__pycache__")
+LEFT_OUT = (".*", "build", "dist", "tests", "plugins", "*.so", "*.egg-info", "__pycache__")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where ninja is
 CODE = """
 import json
@@ -82,7 +82,15 @@ def test_the_sdist_holds_every_source_and_no_binary(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert {path.suffix for path in map(Path, sources)} >= {".h", ".cpp", ".cu", ".cuh"}
-    data = {"layerzoo/py.typed", "layerzoo/layerzoo.toml", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    data = {
+        "layerzoo/py.typed",
+        "layerzoo/layerzoo.toml",
+        "layerzoo/demo/page.html.jinja",
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "setup.py",
+    }
     assert sources | data <= names
     assert not [name for name in names if name.endswith((".so", ".o"))]
 
