@@ -71,7 +71,6 @@ struct ExpertsGradArgs : ExpertsArgs {
   Matrices grad_w13, grad_w2;                    // what nobody asked for is null, like the biases and weights
   void *grad_b13 = nullptr, *grad_b2 = nullptr;  // S: (experts, width), (experts, outer)
   void* grad_weights = nullptr;                  // S: (pairs)
-  bool grad_x = false;                           // `y` and `out` then are those of the gradient of x
 
   int64_t w13_tasks() const { return tasks(grad_w13.transposed ? outer : width()); }
   int64_t w2_tasks() const { return tasks(grad_w2.transposed ? inner : outer); }

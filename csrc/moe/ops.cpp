@@ -11,6 +11,7 @@
 #include "../common/parallel.h"
 #include "../kernels.h"
 #include "dispatch.h"
+#include "experts_args.h"
 
 namespace layerzoo {
 namespace {
@@ -20,67 +21,14 @@ CallCounter calls("moe_experts"), backward_calls("moe_experts_backward");
 // On one AVX2 core.
 constexpr double kProductNanoseconds = 0.0125, kBytesPerNanosecond = 14;
 
-Rows rows(const Tensor& t, const char* name) {
-  Rows r;
-  r.data = t.data_ptr(), r.dtype = dtype_of(t, name), r.stride = t.stride(0);
-  return r;
-}
-
-Tensor with_unit_columns(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-// `transposed`: the tensor is (experts, in, out).
-Matrices matrices(const Tensor& t, const char* name, bool transposed) {
-  const bool flipped = t.size(2) > 1 && t.stride(2) != 1;
-  STD_TORCH_CHECK(!flipped || t.size(1) <= 1 || t.stride(1) == 1, name,
-                  " must have neighbouring rows or columns beside each other, got strides ", t.stride(0), ", ",
-                  t.stride(1), ", ", t.stride(2));
-  Matrices m;
-  m.data = t.data_ptr(), m.dtype = dtype_of(t, name);
-  m.expert = t.stride(0), m.row = t.stride(flipped ? 2 : 1), m.transposed = transposed != flipped;
-  return m;
-}
-
-// What both passes share; the tensors keep alive what `args` points at.
-struct Experts {
-  ScalarType type;
-  Tensor x, weights;
-  OptionalTensor b13, b2;
+struct Experts : ExpertsInputs {
   Sorted sorted;
-  int64_t pairs;
 
-  Experts(const Tensor& x_, const Tensor& ids, const Tensor& weights_, const OptionalTensor& offsets, const Tensor& w13,
-          const OptionalTensor& b13_, const OptionalTensor& b2_, int64_t first)
-      : type(accumulate_type(x_)),
-        x(with_unit_columns(x_)),
-        weights(contiguous_as(weights_, type)),
-        b13(contiguous_as(b13_, type)),
-        b2(contiguous_as(b2_, type)),
-        sorted(offsets ? Sorted::by_offsets(ids, *offsets, x_.size(0)) : Sorted::by_ids(ids, w13.size(0), first)),
-        pairs(weights.numel()) {
-    STD_TORCH_CHECK(sorted.tokens == x.size(0) && pairs == ids.numel() && sorted.experts == w13.size(0),
-                    "moe_experts: x, ids, weights and w13 do not fit together");
-  }
-
-  template <class Args>
-  Args arguments(const Tensor& w13, const Tensor& w2, int64_t activation, bool gated, bool transposed, bool interleaved,
-                 double alpha, double shift, double limit) const {
-    Args a{};
-    static_cast<Dispatch&>(a) = sorted;
-    a.f64 = type == ScalarType::Double, a.gated = gated, a.interleaved = interleaved;
-    a.activation = static_cast<Activation>(activation), a.alpha = alpha, a.shift = shift, a.limit = limit;
-    a.outer = x.size(1), a.inner = w2.size(transposed ? 1 : 2);
-    const int64_t e = a.experts, h = a.outer, i = a.inner, width = a.width();
-    transposed ? check_shape(w13, "w13", {e, h, width}) : check_shape(w13, "w13", {e, width, h});
-    transposed ? check_shape(w2, "w2", {e, i, h}) : check_shape(w2, "w2", {e, h, i});
-    check_shape(b13, "b13", {e, width});
-    check_shape(b2, "b2", {e, h});
-    a.x = rows(x, "x"), a.w13 = matrices(w13, "w13", transposed), a.w2 = matrices(w2, "w2", transposed);
-    STD_TORCH_CHECK(a.f64 == (a.w13.dtype == DType::f64) && a.f64 == (a.w2.dtype == DType::f64),
-                    "moe_experts: float64 needs x, w13 and w2 all in float64");
-    a.b13 = data_or_null(b13), a.b2 = data_or_null(b2), a.weights = weights.data_ptr();
-    return a;
+  Experts(const Tensor& x, const Tensor& ids, const Tensor& weights, const OptionalTensor& offsets, const Tensor& w13,
+          const OptionalTensor& b13, const OptionalTensor& b2, int64_t first)
+      : ExpertsInputs(x, weights, b13, b2),
+        sorted(offsets ? Sorted::by_offsets(ids, *offsets, x.size(0)) : Sorted::by_ids(ids, w13.size(0), first)) {
+    STD_TORCH_CHECK(pairs == ids.numel(), "moe_experts: weights must have the shape of ids");
   }
 
   Tensor empty(std::initializer_list<int64_t> sizes) const {
@@ -106,7 +54,8 @@ std::tuple<Tensor, Tensor> moe_experts(const Tensor& x, const Tensor& ids, const
                                        double limit, int64_t first, bool save) {
   ++calls;
   const Experts experts(x, ids, weights, offsets, w13, b13, b2, first);
-  auto a = experts.arguments<ExpertsArgs>(w13, w2, activation, gated, transposed, interleaved, alpha, shift, limit);
+  auto a = experts.arguments<ExpertsArgs>(experts.sorted, w13, w2, activation, gated, transposed, interleaved, alpha,
+                                          shift, limit);
   Tensor out = torch::stable::new_empty(x, {a.tokens, a.outer});
   Tensor hidden = experts.empty({save ? experts.pairs : 0, a.width()});
   Tensor inner = experts.empty({a.rows, a.inner}), y = experts.empty({a.rows, a.outer});
@@ -131,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
     const Tensor& hidden, int64_t needed) {
   ++backward_calls;
   const Experts experts(x, ids, weights, offsets, w13, b13, b2, first);
-  auto a = experts.arguments<ExpertsGradArgs>(w13, w2, activation, gated, transposed, interleaved, alpha, shift, limit);
+  auto a = experts.arguments<ExpertsGradArgs>(experts.sorted, w13, w2, activation, gated, transposed, interleaved,
+                                              alpha, shift, limit);
   check_shape(grad_out_, "grad_out", {a.tokens, a.outer});
   check_shape(hidden, "hidden", {experts.pairs, a.width()});
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == experts.type, "hidden must come from moe_experts");

@@ -118,7 +118,7 @@ def run_sanitized(op: str, calls: Sequence[Call], folder: Path) -> None:
 
 def mutant(op: str, file: str, old: str, new: str, folder: Path) -> ctypes.CDLL:
     """The kernels of `op`, for float32 alone, from a copy of the tree in which `old`, once in `file`, is `new`."""
-    for path in (*CSRC.glob("common/*"), *CSRC.glob("ssm/*.h"), *CSRC.glob("ssm/*.cuh")):
+    for path in (*CSRC.glob("*/*.h"), *CSRC.glob("*/*.cuh")):
         target = folder / path.relative_to(CSRC)
         target.parent.mkdir(exist_ok=True)
         target.write_text(path.read_text())

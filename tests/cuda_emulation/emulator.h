@@ -119,6 +119,16 @@ T __shfl_xor_sync(unsigned mask, T value, unsigned flip, unsigned width = 32, LZ
 }
 
 template <class T>
+unsigned __match_any_sync(unsigned mask, T value, LZ_HERE) {
+  unsigned same = 0;
+  for (unsigned i = 0; i < 32; ++i)
+    if (mask >> i & 1) same |= unsigned(emu::shuffle(mask, value, i, file, line) == value) << i;
+  return same;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+template <class T>
 __attribute__((noinline, no_sanitize("thread"))) T atomicAdd(T* address, T value) {
   emu::atomic_access(address, sizeof(T));
   const T old = *address;
