@@ -1,5 +1,9 @@
 """Layers: drop-in `nn.Module`s, one file each, under their family."""
 
+from layerzoo.nn.moe.conv_moe import ConvMoE
+from layerzoo.nn.moe.moe_lora import MoELoRA
+from layerzoo.nn.moe.moefy import MoEfiedFFN, moefy
+from layerzoo.nn.moe.soft_moe import SoftMoE
 from layerzoo.nn.ssm.bigs import BiGS
 from layerzoo.nn.ssm.dense_mamba import DenseMamba
 from layerzoo.nn.ssm.dual_path_mamba import DualPathMamba
@@ -20,13 +24,18 @@ __all__ = [
     "S4D",
     "SS2D",
     "BiGS",
+    "ConvMoE",
     "DenseMamba",
     "DualPathMamba",
     "LocalMamba",
     "Mamba",
     "Mamba2",
     "Mambular",
+    "MoELoRA",
+    "MoEfiedFFN",
+    "SoftMoE",
     "UShapeMamba",
     "VisionMamba",
     "hgrn_lower_bounds",
+    "moefy",
 ]
