@@ -12,6 +12,8 @@ from layerzoo.testing import conformance
 
 from .digits import TRAIN, digits, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 test_conv_moe = conformance("moe/conv_moe")
 
 

@@ -13,6 +13,8 @@ from layerzoo.testing import conformance
 
 from .digits import TRAIN, digits, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 test_soft_moe = conformance("moe/soft_moe")
 
 
