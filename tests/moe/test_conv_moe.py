@@ -150,10 +150,16 @@ def test_weighted_sum_balance_and_experts_by_class() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ConvMoE(0), "ConvMoE: in_channels, out_channels and stride must be positive and kernel_size odd, got 0"),
+        (
+            lambda: ConvMoE(0),
+            "ConvMoE: in_channels, out_channels and stride must be positive and kernel_size odd, go",
+        ),
         (lambda: ConvMoE(4, kernel_size=2), "kernel_size odd, got 4, 4, 1 and 2"),
         (lambda: ConvMoE(4, 2, 3), "top_k at most num_experts = 2, got 4, 3 and 1"),
-        (lambda: ConvMoE(4)(torch.ones(2, 3, 5, 5)), "images must have shape (batch, in_channels = 4, height, width), g"),
+        (
+            lambda: ConvMoE(4)(torch.ones(2, 3, 5, 5)),
+            "images must have shape (batch, in_channels = 4, height, width)",
+        ),
     ],
 )
 def test_bad_input(call: Any, words: str) -> None:

@@ -55,25 +55,21 @@ def test_noise_only_while_training() -> None:
 
 
 def test_smooth_load_is_the_mean_count() -> None:
-    """Each expert's probability to be chosen, estimated by drawing the noise often."""
+    """How likely each expert is to be chosen, given the noise of the others: on average, how often it is."""
     gate, x = gate_and_rows(noisy=True)
-    drawn = torch.stack([gate(x).counts.double() for _ in range(400)]).mean(0)
-    torch.manual_seed(1)
-    clean = x @ gate.weight.mT
-    spread = math.log(2) + 1e-2
-    loads = []
-    for _ in range(400):
+    clean, spread = x @ gate.weight.mT, math.log(2) + 1e-2
+
+    def load() -> torch.Tensor:
         noisy = clean + spread * torch.randn_like(clean)
-        others = torch.stack([noisy[:, [i for i in range(4) if i != e]].topk(2, dim=1).values[:, 1] for e in range(4)], 1)
-        loads.append((0.5 * (1 + torch.erf((clean - others) / spread / math.sqrt(2)))).sum(0))
-    assert_close(torch.stack(loads).mean(0), drawn, rtol=0.03, atol=0.3)
+        second = [noisy[:, [i for i in range(4) if i != e]].topk(2, dim=1).values[:, 1] for e in range(4)]
+        return (0.5 * (1 + torch.erf((clean - torch.stack(second, 1)) / spread / math.sqrt(2)))).sum(0)
+
     state = torch.get_rng_state()
     said = gate(x)
     torch.set_rng_state(state)
-    noisy = clean + spread * torch.randn_like(clean)
-    others = torch.stack([noisy[:, [i for i in range(4) if i != e]].topk(2, dim=1).values[:, 1] for e in range(4)], 1)
-    load = (0.5 * (1 + torch.erf((clean - others) / spread / math.sqrt(2)))).sum(0)
-    assert_close(said.losses["load"], cv_squared(load))
+    assert_close(said.losses["load"], cv_squared(load()))
+    drawn = torch.stack([gate(x).counts.double() for _ in range(400)]).mean(0)
+    assert_close(torch.stack([load() for _ in range(400)]).mean(0), drawn, rtol=0.03, atol=0.3)
 
 
 def test_losses_reach_the_parameters() -> None:
@@ -104,7 +100,7 @@ def test_no_rows() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"Gate: hidden_size, top_k and num_gates must be positive and top_k at most num_"):
+    with pytest.raises(ValueError, match=r"Gate: hidden_size, top_k and num_gates must be positive and top_k at most"):
         Gate(5, 2, 3)
     with pytest.raises(ValueError, match=r"Gate: x must have shape \(T, hidden_size = 5\), got \(2, 4\)"):
         Gate(5, 4, 2)(torch.ones(2, 4))

@@ -202,11 +202,27 @@ def test_dense_layer_and_chosen_experts_beat_random_ones() -> None:
     [
         (lambda: MoEfiedFFN(6, 24, 5, 1), ValueError, "num_experts divide intermediate_size, got 6, 24 and 5"),
         (lambda: MoEfiedFFN(6, 24, 4, 5), ValueError, "top_k must be in [1, num_experts = 4], got 5"),
-        (lambda: MoEfiedFFN(6, 24, 4, 1, "tanh"), ValueError, "activation must be one of silu, gelu, gelu_tanh, relu, "),  # type: ignore[arg-type]
-        (lambda: MoEfiedFFN(6, 24, 4, 1)(torch.ones(2, 5)), ValueError, "must have shape (..., hidden_size = 6), got (2,"),
+        (
+            lambda: MoEfiedFFN(6, 24, 4, 1, "tanh"),
+            ValueError,
+            "activation must be one of silu, gelu, gelu_tanh, relu, ",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: MoEfiedFFN(6, 24, 4, 1)(torch.ones(2, 5)),
+            ValueError,
+            "must have shape (..., hidden_size = 6), got (2,",
+        ),
         (lambda: moefy(3, 4, 1), TypeError, "moefy: mlp must be an nn.Module, got int"),  # type: ignore[arg-type]
-        (lambda: moefy(nn.Linear(6, 6), 4, 1), ValueError, "moefy: mlp must hold two nn.Linear, (H, I) and (I, H), both"),
-        (lambda: moefy(mlp(act=nn.Tanh()), 4, 1), ValueError, "moefy: activation must be one of silu, gelu, gelu_tanh, "),
+        (
+            lambda: moefy(nn.Linear(6, 6), 4, 1),
+            ValueError,
+            "moefy: mlp must hold two nn.Linear, (H, I) and (I, H), both",
+        ),
+        (
+            lambda: moefy(mlp(act=nn.Tanh()), 4, 1),
+            ValueError,
+            "moefy: activation must be one of silu, gelu, gelu_tanh, ",
+        ),
         (
             lambda: moefy(nn.Sequential(*mlp(), nn.LayerNorm(6)), 4, 1),
             ValueError,

@@ -1,7 +1,7 @@
 """A mixture of convolutional experts: each image goes through the few that its own average pixel chooses.
 
-Pavlitska, Hubschneider, Struppek and Zöllner, "Sparsely-gated Mixture-of-Expert Layers for CNN Interpretability" (2022),
-arXiv 2204.10598; the gate is that of Shazeer et al. (2017).
+Pavlitska, Hubschneider, Struppek and Zöllner, "Sparsely-gated Mixture-of-Expert Layers for CNN Interpretability"
+(2022), arXiv 2204.10598; the gate is that of Shazeer et al. (2017).
 """
 
 from collections.abc import Sequence

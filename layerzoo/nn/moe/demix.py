@@ -74,7 +74,7 @@ class DEMix(nn.Module):
 
     @torch.no_grad()
     def add_expert(self, copy_from: int | None = None) -> int:
-        """One more domain, and its number: the last. Its expert begins as that of `copy_from`, or drawn anew if None."""
+        """One more domain, and its number: the last. It begins as that of `copy_from`; None: drawn anew."""
         source = None if copy_from is None else self._known(copy_from)
         like: dict[str, Any] = {"device": self.experts.w13.device, "dtype": self.experts.w13.dtype}
         _, inner, hidden = self.experts.w13.shape
@@ -103,8 +103,9 @@ class DEMix(nn.Module):
 class DomainPosterior:
     """How probable each domain is, after what was read of texts whose domain is unknown (Gururangan et al., section 5).
 
-    A model with `DEMix` layers runs once for each domain. `update` takes how well each run predicted the next token, and
-    `mix` weighs their predictions of the one after it by Bayes' rule: log p(d | x) = log p(d) + sum log p(x_t | x_<t, d).
+    A model with `DEMix` layers runs once for each domain. `update` takes how well each run predicted the next token,
+    and `mix` weighs their predictions of the one after it, by Bayes' rule: p(d | x) is proportional to p(d) times the
+    product of p(x_t | x_<t, d).
 
     Args:
         prior: (domains,), not negative, or the number of domains, all equally probable.

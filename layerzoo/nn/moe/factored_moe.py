@@ -14,10 +14,10 @@ from layerzoo.reference.ssm import accumulate_dtype
 class FactoredMoE(nn.Module):
     """Maps (..., input_size) to (..., output_size): `z = sum_i g_i(x) f_i(x)`, then `y = sum_j h_j(z) e_j(z)`.
 
-    Experts f, e are linear layers with ReLU; gates g, h are softmaxes of linear, ReLU, linear. All experts run. `balance`
-    is the constraint of the paper for the beginning of a training: an expert whose running total of gate values is more
-    than `margin` rows above the mean gets weight 0 in a batch, and the weights of the others are scaled to sum 1. It acts
-    while training; set `layer.balance = False` once the experts have begun to differ.
+    Experts f, e are linear layers with ReLU; gates g, h are softmaxes of linear, ReLU, linear. All experts run.
+    `balance` is the paper's constraint for the beginning of a training: an expert whose running total of gate values is
+    more than `margin` rows above the mean gets weight 0 in a batch, and the weights of the others are scaled to sum 1.
+    It acts in training mode; set `layer.balance = False` once the experts have begun to differ.
 
     Args:
         input_size, hidden_size, output_size: widths of x, z and y. num_experts: of each of the two mixtures.
@@ -81,7 +81,9 @@ class _Mixture(nn.Module):
         super().__init__()
         self.num_experts, self.margin = experts, margin
         self.experts = nn.Linear(inputs, experts * outputs, **like)
-        self.gate = nn.Sequential(nn.Linear(inputs, gate_size, **like), nn.ReLU(), nn.Linear(gate_size, experts, **like))
+        self.gate = nn.Sequential(
+            nn.Linear(inputs, gate_size, **like), nn.ReLU(), nn.Linear(gate_size, experts, **like)
+        )
         self.register_buffer("totals", torch.zeros(experts, device=like["device"], dtype=torch.float32))
 
     def reset_parameters(self) -> None:

@@ -1,6 +1,7 @@
 """A linear gate that chooses few of many experts, with noise that can be learned.
 
-Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer" (2017), arXiv 1701.06538.
+Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer" (2017), arXiv
+1701.06538.
 """
 
 from typing import Any, NamedTuple
@@ -81,9 +82,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Gating:
         """x (T, hidden_size) -> `Gating`; `gate` (T,), integer: which of the `num_gates`, the first if None."""
         if x.dim() != 2 or x.shape[1] != self.hidden_size:
-            raise ValueError(
-                f"Gate: x must have shape (T, hidden_size = {self.hidden_size}), got {tuple(x.shape)}"
-            )
+            raise ValueError(f"Gate: x must have shape (T, hidden_size = {self.hidden_size}), got {tuple(x.shape)}")
         x = x.to(accumulate_dtype(x))
         clean = self._linear(x, self.weight, gate)
         noisy, spread = clean, None
@@ -99,7 +98,8 @@ class Gate(nn.Module):
         load = counts.to(weights.dtype)
         if spread is not None and self.top_k < self.num_experts:
             # how likely each expert would be chosen if its own noise were drawn again
-            rival = torch.where(noisy >= best[:, self.top_k - 1, None], best[:, self.top_k, None], best[:, self.top_k - 1, None])
+            last, next_best = best[:, self.top_k - 1, None], best[:, self.top_k, None]
+            rival = torch.where(noisy >= last, next_best, last)
             load = torch.special.ndtr((clean - rival) / spread).sum(0)
         rows = max(x.shape[0], 1)
         share = counts.to(weights.dtype) / (rows * self.top_k)

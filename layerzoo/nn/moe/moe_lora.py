@@ -17,7 +17,7 @@ class MoELoRA(nn.Module):
 
     The router takes the `top_k` largest logits of x; their softmax gives the weights. B begins at zero, so a new layer
     computes what W0 does. Expert e has the rows e rank … (e + 1) rank of `lora_A` (E rank, in_features) and the same
-    columns of `lora_B` (out_features, E rank): two matrix products compute all experts, of which the router zeroes most.
+    columns of `lora_B` (out_features, E rank): two matrix products compute all experts, and the router zeroes most.
 
     Args:
         in_features, out_features, bias: of the linear layer `base`, which is frozen; `around` takes one that exists.
@@ -48,7 +48,7 @@ class MoELoRA(nn.Module):
     def around(
         cls, base: nn.Linear, num_experts: int = 4, top_k: int = 2, rank: int = 8, alpha: float = 16.0
     ) -> "MoELoRA":
-        """Experts beside a linear layer that exists, which becomes part of this one as it is: freezing it is up to you."""
+        """Experts beside a linear layer that exists, which becomes part of this one and is not frozen by it."""
         if not isinstance(base, nn.Linear):
             raise TypeError(f"MoELoRA: base must be an nn.Linear, got {type(base).__name__}")
         layer = cls.__new__(cls)

@@ -19,8 +19,8 @@ class MoEfiedFFN(nn.Module):
     """Maps (..., hidden_size) to the same shape: W2 act(W1 x + b1) + b2, with the neurons of `top_k` experts only.
 
     The `num_experts` experts are equal parts of the neurons, each with weight 1, so top_k = num_experts is the dense
-    layer. The router is linear and begins at the centre of each expert's rows of W1 and b1: the mean of what its neurons
-    have before the activation. `moefy` makes such a layer from a dense one; `dense` is the way back.
+    layer. The router is linear and begins at the centre of each expert's rows of W1 and b1: it says the mean of what
+    the expert's neurons have before the activation. `moefy` makes such a layer of a dense one; `dense` is the way back.
 
     Parameters: w13 (E, I / E, H), b13 (E, I / E), w2 (E, H, I / E), bias (H,), router (E, H) with bias; the buffer
     `neurons` (I,) says which neuron of the dense layer stands where.
@@ -100,7 +100,7 @@ class MoEfiedFFN(nn.Module):
 
     @torch.no_grad()
     def activations_kept(self, hidden_states: Tensor) -> float:
-        """The share of sum |act(W1 x + b1)| over all neurons that the chosen experts have, for these inputs (..., H)."""
+        """The share of sum |act(W1 x + b1)| over all neurons that the chosen experts have; inputs (..., H)."""
         rows = self._rows(hidden_states)
         wide = accumulate_dtype(rows)
         bias = None if self.b13 is None else self.b13.flatten().to(wide)
@@ -142,9 +142,9 @@ def moefy(
 ) -> MoEfiedFFN:
     """A `MoEfiedFFN` with the weights of a dense feed-forward layer, which stays as it is.
 
-    Neurons with similar rows of W1 come into one expert, by k-means with clusters of equal size. Few of the neurons of a
-    trained layer with relu are above zero for a token; so few experts have most of what it computes
-    (`activations_kept` measures it).
+    Neurons with similar rows of W1 come into one expert, by k-means with clusters of equal size. In a trained layer
+    with relu few neurons are above zero for a token, so few experts have most of what it computes: `activations_kept`
+    measures how much.
 
     Args:
         mlp: holds two nn.Linear, the one into the inner width first, and besides at most an activation, dropout, which

@@ -18,9 +18,9 @@ from layerzoo.reference.ssm import accumulate_dtype
 class MultiGateMoE(nn.Module):
     """Maps (batch, ..., hidden_size) to (num_tasks, batch, ..., output_size): `y_k = sum_e softmax(W_k x)_e f_e(x)`.
 
-    Every expert runs once for all tasks. With `temporal` x is (batch, length, hidden_size) and the gates see a summary of
-    the whole sequence, the last state of `h_t = f_t h_{t-1} + (1 - f_t) c_t` with f_t = sigmoid of one linear layer of
-    x_t and c_t another; a sequence then has one mixture. Experts are two linear layers with ReLU behind the first;
+    Every expert runs once for all tasks. With `temporal` x is (batch, length, hidden_size) and the gates see a summary
+    of the whole sequence, the last state of `h_t = f_t h_{t-1} + (1 - f_t) c_t` with f_t = sigmoid of one linear layer
+    of x_t and c_t another; a sequence then has one mixture. Experts are two linear layers with ReLU behind the first;
     `around` takes any other modules.
 
     Args:
@@ -112,9 +112,9 @@ class MultiGateMoE(nn.Module):
             )
         weights = self.route(x)
         outputs = torch.stack([expert(x) for expert in self.experts])
-        mixed = outputs.dim() - weights.dim() + 1  # dimensions of an output that share a mixture
-        weights = weights.movedim(-1, 1).reshape(*weights.shape[:1], len(outputs), *weights.shape[1:-1], *(1,) * (mixed - 1))
-        return (weights.unsqueeze(-1) * outputs).sum(1) if mixed < 1 else (weights * outputs).sum(1)
+        weights = weights.movedim(-1, 1)
+        shared = (1,) * (outputs.dim() - weights.dim() + 1)  # dimensions of an output that have one mixture
+        return (weights.reshape(*weights.shape, *shared) * outputs).sum(1)
 
 
 class TaskUncertainty(nn.Module):

@@ -27,7 +27,7 @@ class SoftMoE(nn.Module):
         activation: between its matrices. bias: whether they have biases.
 
     Raises:
-        ValueError: a size that is not positive, an input or a mask of another shape. TypeError: a mask that is not bool.
+        ValueError: a size that is not positive, an input or a mask of another shape. TypeError: a mask of another type.
     """
 
     def __init__(
