@@ -102,7 +102,7 @@ class Net(nn.Module):
         return self.head(y.mean((2, 3))), routing
 
 
-def trained(coefficient: float, steps: int = 250) -> Net:
+def trained(coefficient: float, steps: int = 400) -> Net:
     images, answers = digits()
     torch.manual_seed(0)
     net = Net()

@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 from layerzoo.nn.moe.gate import Gate, cv_squared
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def gate_and_rows(**config: bool | int) -> tuple[Gate, torch.Tensor]:
     torch.manual_seed(0)
@@ -21,7 +23,7 @@ def test_choice_by_loops() -> None:
     said = gate(x)
     counts, importance = [0] * 4, [0.0] * 4
     for t, row in enumerate(x):
-        logits = [float(row @ w) for w in gate.weight]
+        logits = [float(row @ w) for w in gate.weight.detach()]
         chosen = sorted(range(4), key=lambda e: -logits[e])[:2]
         total = sum(math.exp(logits[e]) for e in chosen)
         assert said.ids[t].tolist() == chosen
@@ -68,8 +70,8 @@ def test_smooth_load_is_the_mean_count() -> None:
     said = gate(x)
     torch.set_rng_state(state)
     assert_close(said.losses["load"], cv_squared(load()))
-    drawn = torch.stack([gate(x).counts.double() for _ in range(400)]).mean(0)
-    assert_close(torch.stack([load() for _ in range(400)]).mean(0), drawn, rtol=0.03, atol=0.3)
+    drawn = torch.stack([gate(x).counts.double() for _ in range(200)]).mean(0)
+    assert_close(torch.stack([load() for _ in range(200)]).mean(0), drawn, rtol=0.05, atol=0.4)
 
 
 def test_losses_reach_the_parameters() -> None:
