@@ -90,7 +90,7 @@ int64_t gradient_rows(const Dispatch& d) {
 
 template <class S>
 int64_t gradient_scratch(const Dispatch& d) {
-  return d.largest * (gradient_rows(d) + kPanel<S>)+kPanel<S>;
+  return d.largest * (gradient_rows(d) + kStrip<S>)+kPanel<S>;
 }
 
 // Columns [begin, begin + columns) of rows, kStep of them in each of the panels [row][kStep], zero beyond.

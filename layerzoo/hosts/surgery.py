@@ -111,7 +111,7 @@ def restore(model: nn.Module) -> Report:
         seen.add(module)
         if isinstance(module, Accelerated):
             entries.append(_put_back(module, name))
-        entries += [_take_back(module, key, name) for key in list(vars(module).get(SWAPPED, ()))]
+        entries += [take_back(module, key, name) for key in list(vars(module).get(SWAPPED, ()))]
         # what came back may hold more to undo
         children = [(f"{name}.{key}".lstrip("."), child) for key, child in module._modules.items() if child is not None]
         pending += reversed(children)
@@ -175,7 +175,7 @@ def _fill(place: Place, new: nn.Module) -> None:
         parent._modules[key] = new
 
 
-def _take_back(parent: nn.Module, key: str, parent_name: str) -> Entry:
+def take_back(parent: nn.Module, key: str, parent_name: str) -> Entry:
     """Puts what stood in a slot before the first swap back into it."""
     kept: dict[str, Swapped] = vars(parent)[SWAPPED]
     swapped, now = kept[key], parent._modules.get(key)

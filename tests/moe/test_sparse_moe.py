@@ -156,7 +156,9 @@ class TestLosses:
         p = torch.rand(2, 5, 4, dtype=torch.float64)
         p /= p.sum(-1, keepdim=True)
         chosen = p.topk(2, dim=-1).indices
-        alone = [balance_loss(torch.bincount(c.flatten(), minlength=4), q.sum(0), 2) for q, c in zip(p, chosen, strict=True)]
+        alone = [
+            balance_loss(torch.bincount(c.flatten(), minlength=4), q.sum(0), 2) for q, c in zip(p, chosen, strict=True)
+        ]
         torch.testing.assert_close(sequence_balance_loss(p, chosen), torch.stack(alone).mean())
         assert mutual_information_loss(torch.eye(4)) == pytest.approx(-math.log(4))
         assert mutual_information_loss(torch.full((7, 4), 0.25)) == pytest.approx(0)

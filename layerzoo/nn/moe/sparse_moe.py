@@ -5,7 +5,6 @@ arXiv 1701.06538.
 """
 
 import copy
-import math
 from typing import Any, Literal
 
 import torch
@@ -13,66 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerzoo.nn.linear import Linear
+from layerzoo.nn.moe.experts import Experts
 from layerzoo.nn.moe.parallel import exchange
 from layerzoo.nn.moe.router import Kind, Router, Routing
-from layerzoo.ops import moe_experts, moe_experts_ragged
 from layerzoo.ops.moe.experts import Activation
-
-
-class Experts(nn.Module):
-    """The matrices of many feed-forward layers, in the layout of transformers: w13 (E, 2 I, H), w2 (E, H, I)."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        *,
-        activation: Activation = "silu",
-        gated: bool = True,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if min(hidden_size, intermediate_size, num_experts) < 1:
-            raise ValueError(
-                f"Experts: hidden_size, intermediate_size and num_experts must be positive, "
-                f"got {hidden_size}, {intermediate_size} and {num_experts}"
-            )
-        like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.activation: Activation = activation
-        self.gated, self.num_experts = gated, num_experts
-        width = intermediate_size * (2 if gated else 1)
-        self.w13 = nn.Parameter(torch.empty(num_experts, width, hidden_size, **like))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **like))
-        self.b13 = nn.Parameter(torch.empty(num_experts, width, **like)) if bias else None
-        self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size, **like)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws every parameter anew, each expert as `nn.Linear` draws its own."""
-        for weight, bias in ((self.w13, self.b13), (self.w2, self.b2)):
-            bound = 1 / math.sqrt(weight.shape[2])
-            nn.init.uniform_(weight, -bound, bound)
-            if bias is not None:
-                nn.init.uniform_(bias, -bound, bound)
-
-    def extra_repr(self) -> str:
-        experts, hidden, inner = self.w2.shape
-        return f"{experts} x ({hidden}, {inner}), {self.activation}, gated={self.gated}"
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """x (T, H) -> (T, H), as `moe_experts`, or as `moe_experts_ragged` where `offsets` are given."""
-        options: dict[str, Any] = {
-            "activation": self.activation,
-            "b13": self.b13,
-            "b2": self.b2,
-            "gated": self.gated,
-        }
-        if offsets is None:
-            return moe_experts(x, ids, weights, self.w13, self.w2, **options)
-        return moe_experts_ragged(x, ids, weights, offsets, self.w13, self.w2, **options)
 
 
 class SharedExpert(nn.Module):
@@ -218,5 +161,5 @@ class SparseMoE(nn.Module):
             name: None if p is None else nn.Parameter(p[rank * count : (rank + 1) * count].clone(), p.requires_grad)
             for name, p in self.experts._parameters.items()
         }
-        local.num_experts, part.process_group = count, process_group
+        part.process_group = process_group
         return part
