@@ -156,9 +156,8 @@ class TestLosses:
         p = torch.rand(2, 5, 4, dtype=torch.float64)
         p /= p.sum(-1, keepdim=True)
         chosen = p.topk(2, dim=-1).indices
-        alone = [
-            balance_loss(torch.bincount(c.flatten(), minlength=4), q.sum(0), 2) for q, c in zip(p, chosen, strict=True)
-        ]
+        counts = [torch.bincount(c.flatten(), minlength=4) for c in chosen]
+        alone = [balance_loss(count, q.sum(0), 2) for q, count in zip(p, counts, strict=True)]
         torch.testing.assert_close(sequence_balance_loss(p, chosen), torch.stack(alone).mean())
         assert mutual_information_loss(torch.eye(4)) == pytest.approx(-math.log(4))
         assert mutual_information_loss(torch.full((7, 4), 0.25)) == pytest.approx(0)
@@ -214,6 +213,30 @@ class TestLosses:
                 stats.update_biases(0.02)
         load = stats.load("router") * 4
         assert load[-1].max() < 1.2 < load[0].max()
+
+
+class TestRouter:
+    def test_each_token_by_its_own_gate(self):
+        torch.manual_seed(0)
+        router, x = Router(6, 4, 2, num_gates=3).double(), tokens(50)
+        which = torch.randint(3, (50,))
+        ids = router(x, which).ids
+        for t in range(50):
+            logits = router.weight.view(3, 4, 6)[which[t]] @ x[t]
+            assert ids[t].tolist() == logits.topk(2).indices.tolist()
+        assert torch.equal(router(x).ids, router(x, torch.zeros(50, dtype=torch.int64)).ids)
+
+    def test_noise_only_while_training(self):
+        router, x = layer("noisy").router, tokens()
+        assert not torch.equal(router(x).weights, router(x).weights)
+        assert torch.equal(router.eval()(x).weights, router(x).weights)
+
+    def test_dense_weights(self):
+        said = layer(capacity_factor=0.5).router(tokens())
+        assert said.dropped > 0
+        torch.testing.assert_close(said.dense().sum(1), said.weights.sum(1))
+        kept = said.ids < 4
+        torch.testing.assert_close(said.dense().gather(1, said.ids * kept) * kept, said.weights)
 
 
 class TestStats:
@@ -274,9 +297,9 @@ class TestStats:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: SparseMoE(0, 4, 2), "hidden_size, num_experts and top_k must be positive"),
-        (lambda: SparseMoE(4, 0, 2), "must be positive, got 4, 0 and 2"),
-        (lambda: SparseMoE(4, 4, 2, 3), "top_k at most num_experts, got 4, 2 and 3"),
+        (lambda: SparseMoE(0, 4, 2), "hidden_size, num_experts, top_k and num_gates must be positive"),
+        (lambda: SparseMoE(4, 0, 2), "intermediate_size and num_experts must be positive, got 4, 0 and 2"),
+        (lambda: SparseMoE(4, 4, 2, 3), "num_experts, got 4, 2, 3 and 1"),
         (lambda: SparseMoE(4, 4, 2, router="hard"), "router must be one of softmax, "),
         (lambda: SparseMoE(4, 4, 2, router="base"), "top_k must be 1 with 'base', got 2"),
         (lambda: SparseMoE(4, 4, 2, capacity_factor=0.0), "capacity_factor must be positive"),

@@ -123,8 +123,8 @@ def test_loops_experts_of_one_task_and_two_tasks_on_digits() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: TaskMoE(6, 0), ValueError, "Gate: hidden_size, top_k and num_gates must be positive"),
-        (lambda: TaskMoE(6, 2, 3, 4), ValueError, "top_k at most num_experts = 3"),
+        (lambda: TaskMoE(6, 0), ValueError, "num_gates must be positive"),
+        (lambda: TaskMoE(6, 2, 3, 4), ValueError, "num_experts, got 6, 3, 4 and 2"),
         (
             lambda: TaskMoE(6, 2)(torch.ones(2, 6), 0),
             ValueError,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +126,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         ids, weights = top_k_index.masked_fill(dropped, 0), top_k_weights.masked_fill(dropped, 0)
         out: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, ids, weights)
         return out
-    experts = functools.partial(
+    experts: Callable[..., Tensor] = functools.partial(
         moe_experts,
         w13=self.gate_up_proj if self.has_gate else self.up_proj,
         w2=self.down_proj,
@@ -143,7 +144,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     y = experts(hidden_states.repeat_interleave(k, 0), top_k_index.reshape(-1, 1), one_each)
     weights = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0)
     y = self.post_expert_norm(y).view(tokens, k, width) * weights.unsqueeze(-1)
-    return y.sum(1).to(hidden_states.dtype)
+    summed: Tensor = y.sum(1).to(hidden_states.dtype)
+    return summed
 
 
 class Experts(Accelerated):
@@ -185,7 +187,7 @@ class Experts(Accelerated):
 
 
 @functools.cache
-def recipe_for(host: type[nn.Module]) -> type[Experts]:
+def recipe_for(host: Any) -> type[Experts]:
     """The recipe for a class of experts, which is one and the same for all models."""
     names = list(inspect.signature(host.forward).parameters)[1:]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerzoo.nn.moe.gate import Gate, Gating
+from layerzoo.nn.moe.router import Router, Routing
 
 
 class ConvMoE(nn.Module):
@@ -74,7 +74,7 @@ class ConvMoE(nn.Module):
         self, experts: Sequence[nn.Module], in_channels: int, top_k: int, noisy: bool, like: dict[str, Any]
     ) -> None:
         self.in_channels = in_channels
-        self.router = Gate(in_channels, len(experts), top_k, noisy=noisy, **like)
+        self.router = Router(in_channels, len(experts), top_k, "noisy" if noisy else "topk_softmax", **like)
         self.experts = nn.ModuleList(experts)
 
     def reset_parameters(self) -> None:
@@ -86,7 +86,7 @@ class ConvMoE(nn.Module):
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}"
 
-    def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Gating]:
+    def forward(self, images: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
         """images (batch, in_channels, height, width) -> (batch, out_channels, …); with `return_routing` also what the
         gate says: `routing.losses["importance"]` is the loss that keeps the experts in use."""
         if images.dim() != 4 or images.shape[1] != self.in_channels:
@@ -94,19 +94,19 @@ class ConvMoE(nn.Module):
                 f"ConvMoE: images must have shape (batch, in_channels = {self.in_channels}, height, width), "
                 f"got {tuple(images.shape)}"
             )
-        routing: Gating = self.router(images.mean(dim=(2, 3)))
+        routing: Routing = self.router(images.mean(dim=(2, 3)))
         if torch.compiler.is_compiling() or images.is_meta or not images.shape[0]:
             y = self._all(images, routing)
         else:
             y = self._chosen(images, routing)
         return (y, routing) if return_routing else y
 
-    def _all(self, images: Tensor, routing: Gating) -> Tensor:
+    def _all(self, images: Tensor, routing: Routing) -> Tensor:
         weights = routing.dense().to(images.dtype)
         parts = [w.view(-1, 1, 1, 1) * expert(images) for w, expert in zip(weights.mT, self.experts, strict=True)]
         return torch.stack(parts).sum(0)
 
-    def _chosen(self, images: Tensor, routing: Gating) -> Tensor:
+    def _chosen(self, images: Tensor, routing: Routing) -> Tensor:
         y: Tensor | None = None
         for index, expert in enumerate(self.experts):
             rows, slots = (routing.ids == index).nonzero(as_tuple=True)

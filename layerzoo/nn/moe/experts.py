@@ -11,7 +11,7 @@ from layerzoo.ops.moe.experts import Activation
 
 
 class Experts(nn.Module):
-    """`num_experts` feed-forward layers, stacked as in transformers: w13 (E, 2 I, H), b13 (E, 2 I), w2 (E, H, I), b2 (E, H).
+    """Feed-forward layers, stacked as in transformers: w13 (E, 2 I, H), b13 (E, 2 I), w2 (E, H, I), b2 (E, H).
 
     Without a gate w13 is (E, I, H) and b13 (E, I).
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerzoo.nn.moe.gate import Gate, Gating
+from layerzoo.nn.moe.router import Router, Routing
 
 
 class MoELoRA(nn.Module):
@@ -63,7 +63,7 @@ class MoELoRA(nn.Module):
         self.num_experts, self.rank, self.alpha = num_experts, rank, alpha
         like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.base = base
-        self.router = Gate(base.in_features, num_experts, top_k, **like)
+        self.router = Router(base.in_features, num_experts, top_k, "topk_softmax", **like)
         self.lora_A = nn.Parameter(torch.empty(num_experts * rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, num_experts * rank, **like))
         self._reset_experts()
@@ -82,7 +82,7 @@ class MoELoRA(nn.Module):
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, rank={self.rank}, alpha={self.alpha:g}"
 
-    def forward(self, input: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Gating]:
+    def forward(self, input: Tensor, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
         """input (..., in_features) -> (..., out_features); with `return_routing` also what the router says of each row:
         `routing.losses["balance"]` is the paper's loss."""
         if not input.dim() or input.shape[-1] != self.in_features:
@@ -90,7 +90,7 @@ class MoELoRA(nn.Module):
                 f"MoELoRA: input must have shape (..., in_features = {self.in_features}), got {tuple(input.shape)}"
             )
         rows = input.reshape(-1, self.in_features)
-        routing: Gating = self.router(rows)
+        routing: Routing = self.router(rows)
         inner = F.linear(rows, self.lora_A).unflatten(1, (self.num_experts, self.rank))
         weights = routing.dense() * (self.alpha / self.rank)
         inner = inner * weights.to(inner.dtype).unsqueeze(2)

@@ -33,6 +33,11 @@ class Routing(NamedTuple):
     dropped: Tensor
     losses: dict[str, Tensor]
 
+    def dense(self) -> Tensor:
+        """The weights of all experts, (T, E), zero for those that were not chosen; of (T, k) routings."""
+        shape = (self.weights.shape[0], self.counts.shape[0] + 1)
+        return self.weights.new_zeros(shape).scatter_add(1, self.ids, self.weights)[:, :-1]
+
 
 class Router(nn.Module):
     """Maps tokens (T, hidden_size) to a `Routing`; all of it in float32 (float64 for float64).
@@ -53,6 +58,7 @@ class Router(nn.Module):
             "softmax", "sigmoid", "topk_softmax" and "noisy". eval_capacity_factor: the same in eval mode; None: any.
         drop: whom an expert over its capacity drops: the last ones ("position") or those of least weight ("weight").
         jitter: while training the router sees x times uniform numbers in [1 - jitter, 1 + jitter].
+        num_gates: as many routers over the same experts, of which each token names its own: one for each task.
 
     Raises:
         ValueError: a size, kind or combination that is not said above; an input whose width is not hidden_size.
@@ -74,14 +80,15 @@ class Router(nn.Module):
         eval_capacity_factor: float | None = None,
         drop: Literal["position", "weight"] = "position",
         jitter: float = 0.0,
+        num_gates: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(hidden_size, num_experts, top_k) < 1 or top_k > num_experts:
+        if min(hidden_size, num_experts, top_k, num_gates) < 1 or top_k > num_experts:
             raise ValueError(
-                f"Router: hidden_size, num_experts and top_k must be positive and top_k at most num_experts, "
-                f"got {hidden_size}, {num_experts} and {top_k}"
+                f"Router: hidden_size, num_experts, top_k and num_gates must be positive and top_k at most "
+                f"num_experts, got {hidden_size}, {num_experts}, {top_k} and {num_gates}"
             )
         if kind not in KINDS:
             raise ValueError(f"Router: router must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -97,9 +104,11 @@ class Router(nn.Module):
         self.hidden_size, self.num_experts, self.top_k, self.kind = hidden_size, num_experts, top_k, kind
         self.normalize, self.scale, self.groups, self.drop, self.jitter = normalize, scale, groups, drop, jitter
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.num_gates = num_gates
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **like))
-        self.noise_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **like)) if kind == "noisy" else None
+        shape = (num_gates * num_experts, hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, **like))
+        self.noise_weight = nn.Parameter(torch.empty(shape, **like)) if kind == "noisy" else None
         # in bfloat16 it could not move by thousandths
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if kind == "sigmoid" else None
         self.register_buffer("correction_bias", bias)
@@ -122,14 +131,14 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, {self.num_experts}, top_k={self.top_k}, {self.kind}"
 
-    def forward(self, x: Tensor) -> Routing:
-        """x (T, hidden_size) -> `Routing`."""
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Routing:
+        """x (T, hidden_size) -> `Routing`; `gate` (T,), int64: which of the `num_gates`, the first if None."""
         if x.dim() != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"Router: x must have shape (T, hidden_size = {self.hidden_size}), got {tuple(x.shape)}")
         x = x.to(accumulate_dtype(x))
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = F.linear(x, self.weight.to(x.dtype))
+        logits = self._linear(x, self.weight, gate)
         if self.kind == "expert_choice":
             return self._chosen_by_experts(logits)
         if self.kind in ("sinkhorn", "base"):
@@ -137,7 +146,7 @@ class Router(nn.Module):
         losses: dict[str, Tensor] = {}
         scores = logits
         if self.noise_weight is not None:
-            scores, losses["load"] = self._noisy(x, logits)
+            scores, losses["load"] = self._noisy(x, logits, gate)
         weights, ids, stats = moe_route(
             scores,
             self.top_k,
@@ -149,12 +158,12 @@ class Router(nn.Module):
             capacity=self._capacity(x.shape[0]),
             drop=self.drop,
         )
-        if self.noise_weight is not None:
-            gates = torch.zeros(x.shape[0], self.num_experts + 1, dtype=weights.dtype, device=x.device)
-            losses["importance"] = cv_squared(gates.scatter_add(1, ids, weights)[:, :-1].sum(0))
         losses["balance"] = balance_loss(stats.counts, stats.importance, self.top_k)
         losses["z"] = stats.z_loss
-        return Routing(weights, ids, None, stats.counts, stats.importance, stats.dropped, losses)
+        routing = Routing(weights, ids, None, stats.counts, stats.importance, stats.dropped, losses)
+        if self.noise_weight is not None:
+            losses["importance"] = cv_squared(routing.dense().sum(0))
+        return routing
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, rate: float = 1e-3) -> None:
@@ -168,16 +177,25 @@ class Router(nn.Module):
         counts = counts.to(self.correction_bias)
         self.correction_bias += rate * torch.sign(counts.mean() - counts)
 
+    def _linear(self, x: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+        every = F.linear(x, weight.to(x.dtype))
+        if self.num_gates == 1:
+            return every
+        every = every.view(-1, self.num_gates, self.num_experts)
+        if gate is None:
+            return every[:, 0]
+        return every.gather(1, gate.view(-1, 1, 1).expand(-1, 1, self.num_experts)).squeeze(1)
+
     def _capacity(self, tokens: int) -> int | None:
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         return None if factor is None else max(1, math.ceil(factor * tokens * self.top_k / self.num_experts))
 
-    def _noisy(self, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits with noise, and the loss of the smooth load: each expert's chance if its own noise were drawn again."""
+    def _noisy(self, x: Tensor, clean: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits with noise, and the loss of the smooth load: each expert's chance if its noise were drawn again."""
         assert self.noise_weight is not None
         if not self.training:
             return clean, clean.new_zeros(())
-        spread = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + 1e-2
+        spread = F.softplus(self._linear(x, self.noise_weight, gate)) + 1e-2
         noisy = clean + torch.randn_like(clean) * spread
         if self.top_k == self.num_experts or not x.shape[0]:
             return noisy, clean.new_zeros(())  # every expert is always chosen

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerzoo.nn.moe.experts import Experts
-from layerzoo.nn.moe.gate import Gate, Gating
+from layerzoo.nn.moe.router import Router, Routing
 from layerzoo.ops.moe.experts import Activation
 
 
@@ -46,7 +46,9 @@ class TaskMoE(nn.Module):
         self.hidden_size, self.num_tasks = hidden_size, num_tasks
         inner = 4 * hidden_size if intermediate_size is None else intermediate_size
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.router = Gate(hidden_size, num_experts, top_k, noisy=noisy, num_gates=num_tasks, **like)
+        self.router = Router(
+            hidden_size, num_experts, top_k, "noisy" if noisy else "topk_softmax", num_gates=num_tasks, **like
+        )
         self.experts = Experts(hidden_size, inner, num_experts, activation=activation, bias=bias, **like)
 
     def reset_parameters(self) -> None:
@@ -59,7 +61,7 @@ class TaskMoE(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, task: Tensor | int, *, return_routing: bool = False
-    ) -> Tensor | tuple[Tensor, Gating]:
+    ) -> Tensor | tuple[Tensor, Routing]:
         """hidden_states (batch, length, hidden_size), task (batch,), integer, or one for all -> the same shape; with
         `return_routing` also what the gate says: the paper adds its losses "importance" and "load"."""
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
@@ -75,6 +77,6 @@ class TaskMoE(nn.Module):
         if task.shape != (batch,):
             raise ValueError(f"TaskMoE: task must have shape (batch,) = ({batch},), got {tuple(task.shape)}")
         rows = hidden_states.reshape(-1, self.hidden_size)
-        routing: Gating = self.router(rows, task.long().unsqueeze(1).expand(batch, length).reshape(-1))
+        routing: Routing = self.router(rows, task.long().unsqueeze(1).expand(batch, length).reshape(-1))
         y: Tensor = self.experts(rows, routing.ids, routing.weights).view(hidden_states.shape)
         return (y, routing) if return_routing else y

@@ -134,6 +134,7 @@ class TimeSpaceMoE(nn.Module):
 
     def _waves(self, timestep: Tensor) -> Tensor:
         weight = self.time_gate[0].weight
+        assert isinstance(weight, Tensor)
         wide = accumulate_dtype(weight)
         rates = torch.exp(torch.arange(FREQUENCIES, device=weight.device, dtype=wide) * (-math.log(1e4) / FREQUENCIES))
         angles = timestep.to(wide).unsqueeze(1) * rates
