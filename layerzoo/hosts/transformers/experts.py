@@ -199,7 +199,7 @@ def recipe_for(host: Any) -> type[Experts]:
     return type(host.__name__, (Experts, host), contents)
 
 
-def _empty(host: type[nn.Module]) -> nn.Module:
+def _empty(host: Any) -> nn.Module:
     recipe = recipe_for(host)
     return recipe.__new__(recipe)
 
