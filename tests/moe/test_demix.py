@@ -165,16 +165,32 @@ def test_experts_removed_bitwise_and_posterior_beats_the_wrong_expert() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: DEMix(6, 0), ValueError, "hidden_size, intermediate_size and num_experts must be positive, got 6, 24 "),
+        (
+            lambda: DEMix(6, 0),
+            ValueError,
+            "hidden_size, intermediate_size and num_experts must be positive, got 6, 24 ",
+        ),
         (lambda: DEMix(6, 3)(torch.ones(2, 6), 0), ValueError, "must have shape (batch, length, hidden_size = 6), got"),
         (lambda: DEMix(6, 3)(torch.ones(2, 4, 6), 3), ValueError, "DEMix: domain must be in [0, 3), got 3"),
-        (lambda: DEMix(6, 3)(torch.ones(2, 4, 6), torch.zeros(3).long()), ValueError, "domain must have shape (batch,)"),
+        (
+            lambda: DEMix(6, 3)(torch.ones(2, 4, 6), torch.zeros(3).long()),
+            ValueError,
+            "domain must have shape (batch,)",
+        ),
         (lambda: DEMix(6, 3)(torch.ones(1, 4, 6), torch.tensor([3])), RuntimeError, "ids must be in [0, 3]"),
         (lambda: DEMix(6, 3).add_expert(3), ValueError, "domain must be in [0, 3), got 3"),
         (lambda: DEMix(6, 3).remove_expert(-1), ValueError, "domain must be in [0, 3), got -1"),
         (lambda: DEMix(6, 1).remove_expert(0), ValueError, "remove_expert needs two domains or more, got 1"),
-        (lambda: DomainPosterior(torch.zeros(2)), ValueError, "prior must be (domains,), not negative and not all zero"),
-        (lambda: DomainPosterior(2).update(torch.ones(1, 3)), ValueError, "log_likelihood must have shape (batch, domai"),
+        (
+            lambda: DomainPosterior(torch.zeros(2)),
+            ValueError,
+            "prior must be (domains,), not negative and not all zero",
+        ),
+        (
+            lambda: DomainPosterior(2).update(torch.ones(1, 3)),
+            ValueError,
+            "log_likelihood must have shape (batch, domai",
+        ),
         (lambda: DomainPosterior(2).mix(torch.ones(1, 2, 4), 3), ValueError, "top_k must be in [1, 2], got 3"),
     ],
 )

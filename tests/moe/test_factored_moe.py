@@ -155,7 +155,7 @@ def trained(balance: bool, steps: int = 600) -> tuple[FactoredMoE, nn.Linear]:
 
 @pytest.mark.slow
 def test_collapse_without_the_constraint_and_what_the_gates_know() -> None:
-    """The catalogue's check. One expert of each mixture begins ahead: left alone, one of them gets nearly everything."""
+    """The catalogue's check. One expert of each mixture begins ahead: left alone, one gets nearly everything."""
     rows = torch.arange(TRAIN, 1797)
     place, answers = torch.randint(4, rows.shape, generator=torch.Generator().manual_seed(1)), digits()[1][rows]
     x = jittered(rows, place)

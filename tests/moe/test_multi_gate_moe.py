@@ -156,7 +156,10 @@ def test_uncertainty_by_hand() -> None:
         (lambda: MultiGateMoE(4, 0), "num_experts and num_tasks must be positive, got 4 and 0"),
         (lambda: MultiGateMoE.around([], 4), "num_experts and num_tasks must be positive, got 0 and 2"),
         (lambda: MultiGateMoE(4)(torch.ones(2, 3)), "x must have shape (batch, ..., hidden_size = 4), got (2, 3)"),
-        (lambda: MultiGateMoE(4, temporal=True)(torch.ones(2, 4)), "shape (batch, length >= 1, hidden_size = 4), got (2,"),
+        (
+            lambda: MultiGateMoE(4, temporal=True)(torch.ones(2, 4)),
+            "shape (batch, length >= 1, hidden_size = 4), got (2,",
+        ),
         (lambda: MultiGateMoE(4, temporal=True)(torch.ones(2, 0, 4)), "length >= 1, hidden_size = 4), got (2, 0, 4)"),
         (lambda: TaskUncertainty(0), "num_tasks must be at least 1, got 0"),
         (lambda: TaskUncertainty(2)(torch.ones(3)), "losses must have shape (2,), got (3,)"),

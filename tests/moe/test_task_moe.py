@@ -125,9 +125,17 @@ def test_loops_experts_of_one_task_and_two_tasks_on_digits() -> None:
     [
         (lambda: TaskMoE(6, 0), ValueError, "Gate: hidden_size, top_k and num_gates must be positive"),
         (lambda: TaskMoE(6, 2, 3, 4), ValueError, "top_k at most num_experts = 3"),
-        (lambda: TaskMoE(6, 2)(torch.ones(2, 6), 0), ValueError, "must have shape (batch, length, hidden_size = 6), got"),
+        (
+            lambda: TaskMoE(6, 2)(torch.ones(2, 6), 0),
+            ValueError,
+            "must have shape (batch, length, hidden_size = 6), got",
+        ),
         (lambda: TaskMoE(6, 2)(torch.ones(2, 4, 6), 2), ValueError, "TaskMoE: task must be in [0, 2), got 2"),
-        (lambda: TaskMoE(6, 2)(torch.ones(2, 4, 6), torch.zeros(3).long()), ValueError, "task must have shape (batch,)"),
+        (
+            lambda: TaskMoE(6, 2)(torch.ones(2, 4, 6), torch.zeros(3).long()),
+            ValueError,
+            "task must have shape (batch,)",
+        ),
         (lambda: TaskMoE(6, 2)(torch.ones(1, 4, 6), torch.tensor([2])), RuntimeError, "out of bounds"),
     ],
 )

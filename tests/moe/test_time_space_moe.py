@@ -143,11 +143,23 @@ def test_regions_steps_and_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (lambda: TimeSpaceMoE(8, 0), "text_size must be positive, threshold and noise at least 0, got 0, 1.0 and 0.1"),
         (lambda: TimeSpaceMoE(8, 6, 0), "num_experts must be positive, got 8, 32 and 0"),
-        (lambda: called(hidden_states=torch.ones(2, 7, 9)), "hidden_states must have shape (batch, length, hidden_size"),
-        (lambda: called(text=torch.ones(2, 4, 5)), "text must have shape (batch = 2, text, text_size = 6), got (2, 4, 5)"),
-        (lambda: called(attention=torch.ones(2, 4, 7)), "attention must have shape (batch, length, text) = (2, 7, 4), got"),
+        (
+            lambda: called(hidden_states=torch.ones(2, 7, 9)),
+            "hidden_states must have shape (batch, length, hidden_size",
+        ),
+        (
+            lambda: called(text=torch.ones(2, 4, 5)),
+            "text must have shape (batch = 2, text, text_size = 6), got (2, 4, 5)",
+        ),
+        (
+            lambda: called(attention=torch.ones(2, 4, 7)),
+            "attention must have shape (batch, length, text) = (2, 7, 4), got",
+        ),
         (lambda: called(timestep=torch.ones(1)), "timestep must have shape (batch,) = (2,), got (1,)"),
-        (lambda: called(text_mask=torch.ones(2, 7).bool()), "text_mask must have shape (batch, text) = (2, 4), got (2, 7)"),
+        (
+            lambda: called(text_mask=torch.ones(2, 7).bool()),
+            "text_mask must have shape (batch, text) = (2, 4), got (2, 7)",
+        ),
     ],
 )
 def test_bad_input(call: Any, words: str) -> None:

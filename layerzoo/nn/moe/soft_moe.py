@@ -101,5 +101,5 @@ class SoftMoE(nn.Module):
         owner = torch.arange(self.experts.num_experts, device=x.device).repeat_interleave(self.slots_per_expert)
         ids = owner.repeat(x.shape[0]).unsqueeze(1)
         outputs = self.experts(slots, ids, torch.ones_like(ids, dtype=x.dtype))
-        y = combine.to(x.dtype) @ outputs.view(x.shape[0], self.phi.shape[0], self.hidden_size)
+        y: Tensor = combine.to(x.dtype) @ outputs.view(x.shape[0], self.phi.shape[0], self.hidden_size)
         return y if mask is None else y.masked_fill(~mask.unsqueeze(2), 0)
