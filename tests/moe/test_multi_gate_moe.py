@@ -127,9 +127,9 @@ def test_einsum_conflicting_tasks_and_learned_uncertainty() -> None:
     layer, x = MultiGateMoE(8, 2, 6, 4, 16), torch.randn(5, 8)
     outputs = torch.stack([expert(x) for expert in layer.experts])
     assert_close(layer(x), torch.einsum("tbe,ebo->tbo", layer.route(x), outputs))
-    shared = Shared(75)
+    shared = Shared(105)
     sizes = [sum(p.numel() for p in module.parameters()) for module in (layer, shared)]
-    assert sizes[1] >= 0.8 * sizes[0], sizes
+    assert sizes[1] >= sizes[0], sizes
     ours, theirs = error(layer), error(shared)
     assert ours < theirs, (ours, theirs)
 

@@ -124,7 +124,7 @@ def test_loops_experts_of_one_task_and_two_tasks_on_digits() -> None:
     ("call", "error", "words"),
     [
         (lambda: TaskMoE(6, 0), ValueError, "num_gates must be positive"),
-        (lambda: TaskMoE(6, 2, 3, 4), ValueError, "num_experts, got 6, 3, 4 and 2"),
+        (lambda: TaskMoE(6, 2, 3, 4), ValueError, "got 6, 3, 4 and 2"),
         (
             lambda: TaskMoE(6, 2)(torch.ones(2, 6), 0),
             ValueError,
