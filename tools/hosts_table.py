@@ -1,6 +1,7 @@
-"""Print as a Markdown table whether accelerated transformers models equal untouched ones, and how much faster they are.
+"""Print as Markdown tables whether accelerated transformers models equal untouched ones, and how much faster they are.
 
-A row for each mixer that the installed transformers has of those with a recipe, in a small random model, in float32.
+A row for each mixer that the installed transformers has of those with a recipe, in a small random model, in float32;
+then one for each family with sparse experts, without speeds: experts as small as these say nothing about real ones.
 The exit code is 1 where something is not equal.
 
 Usage: python tools/hosts_table.py [FAMILY ...] [--seconds S]
@@ -10,9 +11,10 @@ import argparse
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import moe_models
 import torch
 import transformers
 from torch import Tensor, nn
@@ -53,6 +55,7 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "falcon_h1": TWO | HEADS | SSD | {"mamba_d_ssm": 512, "head_dim": 64},
 }
 COLUMNS = ("family", "mixer", "logits", "gradients", "greedy text", "cache", "prefill", "decode", "training")
+EXPERTS_COLUMNS = ("family", "model", "experts", "served", "output", "gradients", "greedy text")
 
 
 def model_of(family: str) -> nn.Module:
@@ -122,11 +125,14 @@ def text(model: Any) -> Tensor:
     return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
 
 
-def verdict(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: float) -> str:
-    """Whether all are equal, relative in norm, with the worst error."""
+def verdict(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: float, least: float = 0.0) -> str:
+    """Whether all are equal, relative in norm, with the worst error. What is smaller than `least` times the largest is
+    held to that: routers have gradients that are nothing but rounding.
+    """
     if actual.keys() != expected.keys():
         return "not equal (others)"
-    errors = [float((actual[name] - want).norm() / want.norm().clamp_min(1e-30)) for name, want in expected.items()]
+    floor = max(least * max(float(want.norm()) for want in expected.values()), 1e-30)
+    errors = [float((actual[name] - want).norm() / want.norm().clamp_min(floor)) for name, want in expected.items()]
     return f"{'equal' if max(errors) <= allowed else 'not equal'} ({max(errors):.0e})"
 
 
@@ -158,26 +164,58 @@ def row_of(family: str, seconds: float) -> tuple[str, ...]:
     return (family, MIXERS[family], *verdicts, *speeds)
 
 
-def main(families: list[str], seconds: float) -> int:
-    transformers.logging.set_verbosity_error()  # it warns about each kernel that it does not have
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+def experts_row_of(family: str) -> tuple[str, ...]:
+    """The cells of one family with sparse experts: by `accelerate` where that serves any, else by name."""
+    host = moe_models.model_of(family)
+    ours, kinds = copy.deepcopy(host), moe_models.classes(family)
+    accelerate(ours, verify=True)
+    served = sum(isinstance(module, Accelerated) and type(module).host in kinds for module in ours.modules())
+    if not served:
+        ours.set_experts_implementation("layerzoo")
+    models = (ours, host)
+    outputs = [{"output": moe_models.output_of(model).detach()} for model in models]
+    texts = [moe_models.text_of(model) for model in models]
+    return (
+        family,
+        type(host).__name__,
+        ", ".join(dict.fromkeys(type(module).__name__ for module in host.modules() if type(module) in kinds)),
+        f"accelerated ({served})" if served else "by name, as grouped_mm",
+        verdict(*outputs, 1e-5),
+        verdict(*map(moe_models.gradients_of, models), 5e-5, least=1e-3),
+        "" if None in texts else "equal" if torch.equal(*texts) else "not equal",
+    )
+
+
+def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> int:
+    """Prints a table row by row; how many rows have something that is not equal."""
     wrong = 0
-    for family in families or MIXERS:
-        row = row_of(family, seconds)
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
         wrong += any(cell.startswith("not equal") for cell in row)
         print(f"| {' | '.join(row)} |", flush=True)
-    print(
-        f"\ntransformers {transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"float32, batch 1, hidden 256; {PREFILL} tokens of prefill, {DECODE} decoded, {TRAIN} of training."
-    )
+    print()
+    return wrong
+
+
+def main(families: list[str], seconds: float) -> int:
+    transformers.logging.set_verbosity_error()  # it warns about each kernel that it does not have
+    wrong = 0
+    if mixers := [family for family in families or MIXERS if family in MIXERS]:
+        wrong += show(COLUMNS, (row_of(family, seconds) for family in mixers))
+        print(f"Batch 1, hidden 256; {PREFILL} tokens of prefill, {DECODE} decoded, {TRAIN} of training.\n")
+    if experts := [family for family in families or moe_models.families() if family in moe_models.families()]:
+        wrong += show(EXPERTS_COLUMNS, map(experts_row_of, experts))
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    print(f"{versions}, {torch.get_num_threads()} threads, float32.")
     return int(wrong > 0)
 
 
 if __name__ == "__main__":
+    known = sorted({*MIXERS, *moe_models.families()})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(MIXERS))
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(known))
     parser.add_argument("--seconds", type=float, default=3.0, help="for each speed-up")
     arguments = parser.parse_args()
-    if unknown := set(arguments.families) - MIXERS.keys():
-        parser.error(f"FAMILY must be one of {', '.join(MIXERS)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(arguments.families).difference(known):
+        parser.error(f"FAMILY must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     sys.exit(main(arguments.families, arguments.seconds))

@@ -45,6 +45,27 @@ def test_what_differs_is_not_equal(table, capsys, monkeypatch):
     assert row[2].startswith("not equal (1e-01")
 
 
+@pytest.mark.parametrize(("family", "served"), [("mixtral", "accelerated (2)"), ("inkling2", "by name, as grouped_mm")])
+def test_a_row_of_experts(table, capsys, family, served):
+    assert table.main([family], seconds=0) == 0
+    head, _, row, *_ = map(cells, capsys.readouterr().out.splitlines())
+    assert tuple(head) == table.EXPERTS_COLUMNS
+    assert (row[0], row[3]) == (family, served)
+    assert [cell.partition(" (")[0] for cell in row[4:]] == ["equal"] * 3
+
+
+def test_experts_that_differ_are_not_equal(table, capsys, monkeypatch):
+    def another(model, **options):
+        table.accelerate_as_it_is(model, **options)
+        model.model.layers[0].mlp.experts.down_proj.data.mul_(1.1)
+
+    table.accelerate_as_it_is = table.accelerate
+    monkeypatch.setattr(table, "accelerate", another)
+    assert table.main(["mixtral"], seconds=0) == 1
+    row = cells(capsys.readouterr().out.splitlines()[2])
+    assert row[4].startswith("not equal (")
+
+
 def test_there_is_a_model_of_every_family(table):
     assert table.OPTIONS.keys() == MIXERS.keys()
 

@@ -247,6 +247,17 @@ class TestGates:
         experts.config._experts_implementation = "layerzoo"
         assert_equal(results(experts, experts, *call_arguments(experts)), expected, 0)
 
+    @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+    def test_what_transformers_5_0_does_not_say(self, family):
+        [kind] = moe_models.classes(family)
+        experts = moe_models.experts_of(kind)
+        arguments = call_arguments(experts)
+        expected = host_forward(experts, *arguments)
+        for name in ("has_gate", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel"):
+            delattr(experts, name)
+        accelerate(experts, strict=True)
+        assert_equal({"out": experts(*arguments)}, {"out": expected})
+
     def test_limits_are_read_on_every_call(self):
         [kind] = moe_models.classes("gpt_oss")
         experts = moe_models.experts_of(kind)

@@ -82,17 +82,21 @@ ACTIVATIONS: dict[Any, Activation] = {type(ACT2FN[name]): ours for name, ours in
 ACTIVATIONS |= {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 
 
+def has_gate(experts: Any) -> bool:
+    return bool(getattr(experts, "has_gate", True))  # transformers 5.0 knows no experts without one
+
+
 def gate_of(experts: Any) -> Gate | None:
     """What `moe_experts` calls the gate of a module of experts; None where it has no name for it."""
     own = OwnGate()
-    if experts.has_gate:
+    if has_gate(experts):
         function = type(experts)._apply_gate
         if function is not _default_apply_gate:
             name = f"{function.__module__}.{function.__qualname__}".removesuffix("._apply_gate")
             if name not in OWN_GATES:
                 return None
             own = OWN_GATES[name]
-        if own.interleaved == experts.is_concatenated:
+        if own.interleaved == getattr(experts, "is_concatenated", not own.interleaved):
             return None
     act_fn = getattr(experts, "act_fn", F.silu)
     activation = ACTIVATIONS.get(type(act_fn) if isinstance(act_fn, nn.Module) else act_fn)
@@ -119,24 +123,26 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Raises:
         TypeError, ValueError: what `moe_experts` raises, e.g. for quantised weights.
     """
+    out: Tensor
     gate = gate_of(self)
     if gate is None:
         # The host would read beside its weights for dropped ids, and leave garbage in their place.
         dropped = top_k_index >= self.num_experts
         ids, weights = top_k_index.masked_fill(dropped, 0), top_k_weights.masked_fill(dropped, 0)
-        out: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, ids, weights)
+        out = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, ids, weights)
         return out
+    gated = has_gate(self)
     experts: Callable[..., Tensor] = functools.partial(
         moe_experts,
-        w13=self.gate_up_proj if self.has_gate else self.up_proj,
+        w13=self.gate_up_proj if gated else self.up_proj,
         w2=self.down_proj,
-        b13=(self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None,
+        b13=(self.gate_up_proj_bias if gated else self.up_proj_bias) if self.has_bias else None,
         b2=self.down_proj_bias if self.has_bias else None,
-        gated=self.has_gate,
+        gated=gated,
         transposed=self.is_transposed,
         **gate._asdict(),
     )
-    if not self.has_post_expert_norm:
+    if not getattr(self, "has_post_expert_norm", False):
         return experts(hidden_states, top_k_index, top_k_weights)
     # Each pair as a token of its own, since what one expert gives is normalised before it is weighted.
     (tokens, k), width = top_k_index.shape, hidden_states.shape[1]
@@ -144,8 +150,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     y = experts(hidden_states.repeat_interleave(k, 0), top_k_index.reshape(-1, 1), one_each)
     weights = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0)
     y = self.post_expert_norm(y).view(tokens, k, width) * weights.unsqueeze(-1)
-    summed: Tensor = y.sum(1).to(hidden_states.dtype)
-    return summed
+    out = y.sum(1).to(hidden_states.dtype)
+    return out
 
 
 class Experts(Accelerated):
@@ -161,7 +167,7 @@ class Experts(Accelerated):
         if gate_of(module) is None:
             gate = type(module)._apply_gate
             return f"moe_experts has no such gate: {gate.__qualname__} of {getattr(module, 'act_fn', None)}"
-        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        for name in ("gate_up_proj" if has_gate(module) else "up_proj", "down_proj"):
             if type(weight := module.get_parameter(name)) is not nn.Parameter or weight.dtype not in FLOATING:
                 return f"{name} must be a plain floating-point parameter, got {type(weight).__name__} of {weight.dtype}"
         device = weight.device.type
@@ -187,7 +193,7 @@ class Experts(Accelerated):
 
 
 @functools.cache
-def recipe_for(host: Any) -> type[Experts]:
+def recipe_for(host: type[nn.Module]) -> type[Experts]:
     """The recipe for a class of experts, which is one and the same for all models."""
     names = list(inspect.signature(host.forward).parameters)[1:]
 
