@@ -159,9 +159,9 @@ def test_collapse_without_the_constraint_and_what_the_gates_know() -> None:
     rows = torch.arange(TRAIN, 1797)
     place, answers = torch.randint(4, rows.shape, generator=torch.Generator().manual_seed(1)), digits()[1][rows]
     x = jittered(rows, place)
+    unbalanced, (layer, head) = trained(False)[0], trained(True)
     with torch.no_grad():
-        _, alone = trained(False)[0](x, return_routing=True)
-        layer, head = trained(True)
+        _, alone = unbalanced(x, return_routing=True)
         y, weights = layer(x, return_routing=True)
     assert (head(y).argmax(1) == answers).float().mean() > 0.8
     assert max(float(w.mean(0).max()) for w in alone) > 0.8

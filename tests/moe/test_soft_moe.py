@@ -29,7 +29,7 @@ def by_loops(layer: SoftMoE, x: Tensor) -> Tensor:
         inside = sum(math.exp(row[s]) / total * token for row, token in zip(logits, x, strict=True))
         e = s // per
         inner = p["experts.w13"][e] @ inside + p["experts.b13"][e]
-        inner = inner * torch.tensor([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in inner.tolist()]).double()
+        inner = inner * torch.tensor([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in inner.tolist()], dtype=x.dtype)
         outputs.append(p["experts.w2"][e] @ inner + p["experts.b2"][e])
     rows = []
     for row in logits:

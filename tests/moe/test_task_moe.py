@@ -136,6 +136,11 @@ def test_loops_experts_of_one_task_and_two_tasks_on_digits() -> None:
             ValueError,
             "task must have shape (batch,)",
         ),
+        (
+            lambda: TaskMoE(6, 2)(torch.ones(1, 4, 6), torch.ones(1)),
+            TypeError,
+            "task must be int32 or int64, got torch.f",
+        ),
         (lambda: TaskMoE(6, 2)(torch.ones(1, 4, 6), torch.tensor([2])), RuntimeError, "out of bounds"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layerzoo.nn.moe.experts import Experts
 from layerzoo.nn.moe.router import Router, Routing
+from layerzoo.ops._checks import INTEGER
 from layerzoo.ops.moe.experts import Activation
 
 
@@ -26,7 +27,7 @@ class TaskMoE(nn.Module):
 
     Raises:
         ValueError: a size that is not positive, an input or tasks of another shape, a number that is no task.
-        RuntimeError: a number in a tensor that is no task, on a CPU.
+        TypeError: tasks that are no integers. RuntimeError: a number in a tensor that is no task, on a CPU.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class TaskMoE(nn.Module):
             if not 0 <= task < self.num_tasks:
                 raise ValueError(f"TaskMoE: task must be in [0, {self.num_tasks}), got {task}")
             task = torch.full((batch,), task, device=hidden_states.device)
+        if task.dtype not in INTEGER:
+            raise TypeError(f"TaskMoE: task must be int32 or int64, got {task.dtype}")
         if task.shape != (batch,):
             raise ValueError(f"TaskMoE: task must have shape (batch,) = ({batch},), got {tuple(task.shape)}")
         rows = hidden_states.reshape(-1, self.hidden_size)
