@@ -97,11 +97,11 @@ def _ours(inputs: Tensors, kind: Kind, frozen: bool) -> Work:
 
 def _reference(inputs: Tensors, kind: Kind, frozen: bool) -> Work:
     arguments, trained, grad_out = _parts(inputs, frozen, torch.float64)
-    given = (arguments.get(name) for name in ("x", "ids", "weights", "offsets", "w13", "w2", "b13", "b2"))
+    given: Any = [arguments.get(name) for name in ("x", "ids", "weights", "offsets", "w13", "w2", "b13", "b2")]
     alpha, limit = kind.options.get("alpha"), kind.options.get("limit", torch.inf)
     gate = (0, True, kind.packed, kind.packed, alpha or 1.0, 1.0 if alpha else 0.0, limit)
-    call = partial(reference.moe.moe_experts, *given, *gate, -1, False)
-    return Work(lambda: call()[0], trained, grad_out)
+    run: Any = partial(reference.moe.moe_experts, *given, *gate, -1, False)
+    return Work(lambda: run()[0], trained, grad_out)
 
 
 def _host(inputs: Tensors, experts: Any, kind: Kind, frozen: bool, implementation: str) -> Work:
