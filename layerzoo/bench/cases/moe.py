@@ -100,8 +100,8 @@ def _reference(inputs: Tensors, kind: Kind, frozen: bool) -> Work:
     given: Any = [arguments.get(name) for name in ("x", "ids", "weights", "offsets", "w13", "w2", "b13", "b2")]
     alpha, limit = kind.options.get("alpha"), kind.options.get("limit", torch.inf)
     gate = (0, True, kind.packed, kind.packed, alpha or 1.0, 1.0 if alpha else 0.0, limit)
-    run: Any = partial(reference.moe.moe_experts, *given, *gate, -1, False)
-    return Work(lambda: run()[0], trained, grad_out)
+    run: Any = reference.moe.moe_experts
+    return Work(lambda: run(*given, *gate, -1, False)[0], trained, grad_out)
 
 
 def _host(inputs: Tensors, experts: Any, kind: Kind, frozen: bool, implementation: str) -> Work:
