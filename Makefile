@@ -26,10 +26,15 @@ test: lint types tests-modes bench-smoke
 bench: .venv/.ready
 	$(AVX2) $(BIN)/layerzoo bench $(ARGS)
 
-# How time and memory of the ops over sequences grow with the length, as plots in growth.html.
+# How time and memory of the ops over sequences grow with the length, and those of experts with the number of tokens, of
+# experts and of experts of a token, as plots in growth.html, growth-T.html, growth-E.html and growth-K.html.
 growth: .venv/.ready
 	$(AVX2) $(BIN)/layerzoo bench "ssm.*_scan/channel-last,ssm.ssd_chunk_scan,ssm.causal_conv1d/channel-last" \
 		--sweep L=256:65536:x4 --json growth.json --html growth.html --force $(ARGS)
+	for sweep in T=1:4096:x4 E=8:128:x2 K=1:16:x2; do \
+		$(AVX2) $(BIN)/layerzoo bench "moe.experts/fp32-T512/forward,moe.experts/dense/forward" --sweep $$sweep \
+			--json growth-$${sweep%%=*}.json --html growth-$${sweep%%=*}.html --force $(ARGS) || exit 1; \
+	done
 
 # Each candidate of each case once, against the reference; nothing is timed.
 bench-smoke: .venv/.ready

@@ -35,8 +35,10 @@ def define(
     op: Op = getattr(torch.ops.layerzoo, name).default
 
     def fallback(*args: Any) -> Any:
-        _native.warn_fallback(name, next(arg.device for arg in args if isinstance(arg, Tensor)))
-        return reference(*args)
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        _native.warn_fallback(name, device)
+        with torch.autocast(device.type, enabled=False):  # kernels compute in the types that they are given
+            return reference(*args)
 
     library.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=library)

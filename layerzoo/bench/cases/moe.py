@@ -1,4 +1,7 @@
-"""Mixture-of-experts cases: the experts of three models' shapes, and a dense MLP that does as much for each token."""
+"""Mixture-of-experts cases: the experts of three models' shapes, and a dense MLP that does as much for each token.
+
+The peers eager, grouped_mm and batched_mm are what transformers calls its implementations of experts.
+"""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,7 +57,8 @@ NAMES = {"w13": "gate_up_proj", "w2": "down_proj", "b13": "gate_up_proj_bias", "
 def _inputs(shape: Shape, kind: Kind) -> Tensors:
     """Each token's experts are drawn without a preference, its weights add up to 1."""
     generator = torch.Generator().manual_seed(0)
-    tokens, k, outer, inner, experts = (shape[size] for size in "TKHIE")
+    tokens, outer, inner = (shape[size] for size in "THI")
+    experts, k = shape.get("E", 1), shape.get("K", 1)  # a dense MLP has neither
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(size, generator=generator).mul_(scale)
@@ -93,11 +97,11 @@ def _ours(inputs: Tensors, kind: Kind, frozen: bool) -> Work:
 
 def _reference(inputs: Tensors, kind: Kind, frozen: bool) -> Work:
     arguments, trained, grad_out = _parts(inputs, frozen, torch.float64)
-    given: Any = (arguments.get(name) for name in ("x", "ids", "weights", "offsets", "w13", "w2", "b13", "b2"))
+    given: Any = [arguments.get(name) for name in ("x", "ids", "weights", "offsets", "w13", "w2", "b13", "b2")]
     alpha, limit = kind.options.get("alpha"), kind.options.get("limit", torch.inf)
     gate = (0, True, kind.packed, kind.packed, alpha or 1.0, 1.0 if alpha else 0.0, limit)
-    rest: Any = (*given, *gate, -1, False)
-    return Work(lambda: reference.moe.moe_experts(*rest)[0], trained, grad_out)
+    run: Any = reference.moe.moe_experts
+    return Work(lambda: run(*given, *gate, -1, False)[0], trained, grad_out)
 
 
 def _host(inputs: Tensors, experts: Any, kind: Kind, frozen: bool, implementation: str) -> Work:
@@ -138,7 +142,7 @@ def _cost(shape: Shape, inputs: Tensors, backward: bool, frozen: bool) -> Cost:
     pairs, inner = ids.numel(), shape["I"]
     product = 6 * pairs * shape["H"] * inner
     parameters = sum(inputs[name].nbytes for name in NAMES if name in inputs)
-    touched = parameters * ids.unique().numel() / shape["E"]
+    touched = parameters * ids.unique().numel() / len(inputs["w13"])
     routing = ids.nbytes + inputs["weights"].nbytes
     between, last = 6 * pairs * inner, 2 * pairs * shape["H"]  # the gates, the sums
     if not backward:
@@ -180,8 +184,7 @@ def _case(
         ours=Candidate("layerzoo", partial(_ours, kind=kind, frozen=frozen)),
         reference=Candidate("reference", partial(_reference, kind=kind, frozen=frozen)),
         peers=tuple(
-            Candidate(f"transformers {name}", partial(_host, kind=kind, frozen=frozen, implementation=name), needs)
-            for name in peers
+            Candidate(name, partial(_host, kind=kind, frozen=frozen, implementation=name), needs) for name in peers
         ),
         dtypes=(dtype,),
         tokens=("T",),
@@ -195,8 +198,8 @@ def _dense_case(inner: int, backward: bool) -> Case:
         "moe.experts",
         "dense",
         "forward+backward" if backward else "forward",
-        shape={"T": 512, "H": 1024, "I": inner, "E": 1, "K": 1},
-        check={"T": 21, "H": 32, "I": 16, "E": 1, "K": 1},
+        shape={"T": 512, "H": 1024, "I": inner},
+        check={"T": 21, "H": 32, "I": 16},
         inputs=partial(_inputs, kind=QWEN),
         ours=Candidate("layerzoo", partial(_ours, kind=QWEN, frozen=False)),
         reference=Candidate("reference", partial(_dense, dtype=torch.float64)),
@@ -209,7 +212,7 @@ def _dense_case(inner: int, backward: bool) -> Case:
 
 def _at_least(eager: float, grouped: float, batched: float | None = None) -> tuple[Target, ...]:
     figures = {"eager": eager, "grouped_mm": grouped, "batched_mm": batched}
-    return tuple(Target(f"x transformers {name}", at_least=figure) for name, figure in figures.items() if figure)
+    return tuple(Target(f"x {name}", at_least=figure) for name, figure in figures.items() if figure)
 
 
 SMALL = {"H": 1024, "I": 512, "E": 64, "K": 8}
