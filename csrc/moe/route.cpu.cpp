@@ -112,7 +112,7 @@ void choose(const RouteArgs& a, const S* p, int64_t* ids, S* choice, S* groups) 
   const S* bias = static_cast<const S*>(a.bias);
   for (int64_t e = 0; e < a.experts; ++e) {
     const S x = p[e] + (bias ? bias[e] : S(0));
-    choice[e] = x != x ? std::numeric_limits<S>::infinity() : x;
+    choice[e] = x != x ? -std::numeric_limits<S>::infinity() : x;
   }
   const S taken = std::numeric_limits<S>::quiet_NaN();
   std::fill(choice + a.experts, choice + padded<S>(a.experts), taken);
@@ -150,7 +150,7 @@ void route(const RouteArgs& a, S* scratch, int64_t begin, int64_t end) {
         for (int64_t e = 0; e < a.experts; ++e) total += p[e];
       }
       const S share = 1 / total;
-      for (int64_t e = 0; e < a.experts; ++e) importance[e] += p[e] * share;
+      for (int64_t e = 0; e < a.experts; ++e) importance[e] += p[e] / total;
       if (a.score == Score::softmax)
         for (int64_t e = 0; e < a.experts; ++e) p[e] *= share;
       int64_t* ids = a.ids + t * a.k;
@@ -162,7 +162,8 @@ void route(const RouteArgs& a, S* scratch, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < a.k; ++k) weights[k] = p[ids[k]];
       for (int64_t k = 0; k < a.k; ++k) sum += weights[k];
       const S factor = static_cast<S>(a.scale) / (a.normalize ? sum + static_cast<S>(kRouteTiny) : S(1));
-      for (int64_t k = 0; k < a.k; ++k) weights[k] *= factor;
+      const bool nan = static_cast<S*>(a.lse)[t] != static_cast<S*>(a.lse)[t];  // a token with one has no weights
+      for (int64_t k = 0; k < a.k; ++k) weights[k] = nan ? std::numeric_limits<S>::quiet_NaN() : weights[k] * factor;
     }
   }
 }

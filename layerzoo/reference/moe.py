@@ -225,14 +225,14 @@ def moe_route(
     z, p = _scored(logits, noise, score)
     experts, late = logits.shape[1], SCORES[score] == "topk_softmax"
     choice = (z if late else p) if bias is None else (z if late else p) + bias.to(z.dtype)
-    choice = torch.where(choice.isnan(), math.inf, choice)
+    choice = torch.where(choice.isnan(), -math.inf, choice)
     if groups > 1:
         choice = _keep_groups(choice, groups, topk_group, top2)
     ids = _first_largest(choice, top_k)
     weights = z.gather(1, ids).softmax(dim=1) if late else p.gather(1, ids)
     if normalize:
         weights = weights / (weights.sum(dim=1, keepdim=True) + TINY)
-    weights = weights * scale
+    weights = (weights * scale).masked_fill(z.isnan().any(dim=1, keepdim=True), math.nan)
     chosen = ids if capacity > 0 else ids[:0]
     counts = torch.bincount(ids.flatten(), minlength=experts)
     dropped = counts.new_zeros(())

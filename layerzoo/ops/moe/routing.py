@@ -18,7 +18,7 @@ _ROUTE = "Tensor logits, int top_k, int score, Tensor? bias, int groups, int top
 class RouteStats(NamedTuple):
     """What `moe_route` says besides weights and ids, for T tokens and E experts; float32, float64 for float64.
 
-    `counts` (E,) int64: pairs of each expert, before any was dropped; `load` (E,): the same over all pairs.
+    `counts` (E,) int64: pairs of each expert, before any was dropped; `load` (E,): the same over T.
     `importance` (E,): sums over tokens of the probabilities, which add up to 1 for a token. `z_loss`: mean squared
     log-sum-exp of the logits. `entropy`: of the mean probabilities, in nats. `dropped`: how many pairs, int64.
     Gradients go through importance, z_loss and entropy.
@@ -124,8 +124,8 @@ def moe_route(
     Returns:
         (weights, ids, stats): (T, top_k) in the dtype of the logits; (T, top_k) int64, best first; `RouteStats`.
 
-    Of equal scores the lowest id is chosen. NaN counts as infinity for the choice, so ids are always different and in
-    range, and the weights of that token are NaN, or with "sigmoid" those of that expert; no other token changes.
+    Of equal scores the lowest id is chosen. NaN comes last, like minus infinity, so ids are always different and in
+    range, and all weights of that token are NaN; no other token changes.
 
     Differentiable by logits and noise. All is computed in float32 (float64 for float64), the same for any number of
     threads.
@@ -177,7 +177,7 @@ def moe_route(
     stats = RouteStats(
         counts=counts,
         importance=importance,
-        load=counts / max(tokens * top_k, 1),
+        load=counts.to(importance.dtype) / max(tokens, 1),
         z_loss=lse.square().sum() / max(tokens, 1),
         entropy=-torch.special.xlogy(mean, mean).sum(),
         dropped=dropped,
