@@ -10,7 +10,7 @@ extern "C" __attribute__((visibility("default"))) const layerzoo::Kernels* layer
       LZ_TEXT(LZ_ISA_NAME),
       {skinny_linear},
       {experts_scratch, experts_up, experts_down, experts_combine, experts_backward_scratch, experts_grad_hidden,
-       experts_grad_x, experts_grad_w13, experts_grad_w2, experts_grad_small},
+       experts_grad_x, experts_grad_w13, experts_grad_w2, experts_grad_small, route_scratch, route, route_backward},
       {multiply_add, exponentials},
       {pack,
        unpack,

@@ -80,6 +80,32 @@ struct ExpertsGradArgs : ExpertsArgs {
   int64_t tasks(int64_t size) const { return (size + kMoeGradient - 1) / kMoeGradient * experts; }
 };
 
+constexpr int64_t kRouteTokens = 32;  // in a task of routing
+
+enum class Score : int64_t { softmax, sigmoid, topk_softmax };
+
+struct RouteArgs {
+  bool f64 = false, normalize = false, top2 = false;
+  Score score = Score::softmax;
+  int64_t tokens = 0, experts = 0, top_k = 0, n_group = 1, topk_group = 1;
+  double scale = 1;
+  const void* logits = nullptr;                  // (tokens, experts)
+  DType dtype = DType::f32;                      // of them, and of their gradient
+  const void *bias = nullptr, *noise = nullptr;  // S: (experts), (tokens, experts); may be null
+  void* weights = nullptr;                       // S: (tokens, top_k)
+  int64_t* ids = nullptr;                        // (tokens, top_k)
+  void* parts = nullptr;                         // S: (tasks, experts + 1): importance and squared sums, for each task
+
+  int64_t tasks() const { return (tokens + kRouteTokens - 1) / kRouteTokens; }
+};
+
+struct RouteGradArgs : RouteArgs {                     // `weights`: their gradient, may be null
+  const int64_t* kept = nullptr;                       // (tokens, top_k): the ids, `experts` where the pair was dropped
+  const void* grad_importance = nullptr;               // S: (experts)
+  double grad_z = 0;                                   // of the sum of all squares
+  void *grad_logits = nullptr, *grad_noise = nullptr;  // (tokens, experts), S: the same; may be null
+};
+
 struct MoeKernels {
   int64_t (*experts_scratch)(const ExpertsArgs&);
   void (*experts_up)(const ExpertsArgs&, void* scratch, int64_t begin, int64_t end);
@@ -91,6 +117,9 @@ struct MoeKernels {
   void (*experts_grad_w13)(const ExpertsGradArgs&, void* scratch, int64_t begin, int64_t end);
   void (*experts_grad_w2)(const ExpertsGradArgs&, void* scratch, int64_t begin, int64_t end);
   void (*experts_grad_small)(const ExpertsGradArgs&, int64_t begin, int64_t end);
+  int64_t (*route_scratch)(const RouteArgs&);
+  void (*route)(const RouteArgs&, void* scratch, int64_t begin, int64_t end);
+  void (*route_backward)(const RouteGradArgs&, void* scratch, int64_t begin, int64_t end);
 };
 
 #ifdef LZ_ISA
@@ -105,6 +134,9 @@ void experts_grad_x(const ExpertsGradArgs&, void*, int64_t, int64_t);
 void experts_grad_w13(const ExpertsGradArgs&, void*, int64_t, int64_t);
 void experts_grad_w2(const ExpertsGradArgs&, void*, int64_t, int64_t);
 void experts_grad_small(const ExpertsGradArgs&, int64_t, int64_t);
+int64_t route_scratch(const RouteArgs&);
+void route(const RouteArgs&, void*, int64_t, int64_t);
+void route_backward(const RouteGradArgs&, void*, int64_t, int64_t);
 }  // namespace LZ_ISA
 #endif
 

@@ -183,14 +183,13 @@ def _chosen(
     h: Tensor, p: Tensor, bias: Tensor | None, top_k: int, n_group: int, topk_group: int, top2: bool, score: str
 ) -> Tensor:
     """Ids of the `top_k` largest, ties by the lowest id. Without a bias by h itself, which has fewer ties than p."""
-    tokens, experts = h.shape
     scored = h if score == "topk_softmax" else p
     if bias is not None:
         scored = scored + bias.to(h.dtype)
     choice, scored = (torch.where(x.isnan(), -math.inf, x) for x in (h if bias is None else scored, scored))
     order = choice.argsort(dim=1, descending=True, stable=True)
     if topk_group < n_group:
-        size = experts // n_group
+        size = h.shape[1] // n_group
         group = (scored if top2 else choice).unflatten(1, (n_group, size))
         group = group.topk(2).values.sum(2) if top2 and size > 1 else group.amax(2)
         group = torch.where(group.isnan(), -math.inf, group)
@@ -246,7 +245,7 @@ def moe_route(
         importance = (p / (p.sum(1, keepdim=True) + TINY)).sum(0)
     else:
         importance = torch.zeros_like(p).scatter(1, ids, gates).sum(0)
-    weights = gates / (gates.sum(1, keepdim=True) + TINY) if normalize else gates
+    weights = scale * (gates / (gates.sum(1, keepdim=True) + TINY) if normalize else gates)
     counts = torch.zeros(experts, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add_(0, ids.reshape(-1), torch.ones_like(ids).reshape(-1))
     rows = max(tokens, 1)
@@ -258,8 +257,7 @@ def moe_route(
         kept = _kept(ids, weights, counts, capacity, by_weight)
         chosen, dropped = ids, ids.numel() - kept.sum()
         weights, ids = torch.where(kept, weights, 0), torch.where(kept, ids, experts)
-    weights = (weights * scale).to(logits.dtype)
-    return weights, ids, counts, importance, counts.to(acc) / rows, z_loss, entropy, dropped, chosen
+    return weights.to(logits.dtype), ids, counts, importance, counts.to(acc) / rows, z_loss, entropy, dropped, chosen
 
 
 def _log_sum_exp(x: Tensor) -> Tensor:

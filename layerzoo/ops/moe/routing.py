@@ -155,7 +155,7 @@ def moe_route(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; top_k outside 1 … E; groups that
-            do not divide E or keep fewer than top_k experts; scale not finite; capacity below 1.
+            do not divide E or keep fewer than top_k experts; scale not positive and finite; capacity below 1.
     """
     op = "moe_route"
     check_rank(op, "logits", logits, ("(T, E)",))
@@ -178,8 +178,8 @@ def moe_route(
         raise ValueError(
             f"{op}: groups must keep from 1 to {n_group} groups and at least top_k = {top_k} experts, got {groups}"
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"{op}: capacity must be at least 1 or None, got {capacity}")
     if drop not in ("position", "weight"):
