@@ -116,9 +116,9 @@ class Auction {
       int64_t best = 0;
       for (int64_t kind = 0; kind < static_cast<int64_t>(room.size()); ++kind) {
         const double gain = s_[t * experts_ + kind % experts_] - price_[kind];
-        if (room[kind] && (kind < regular_ || rest_ == 0 || rest) && gain > top) top = gain, best = kind;
+        if (room[kind] && (kind < regular_ || rest > 0) && gain > top) top = gain, best = kind;
       }
-      --room[best], rest -= best >= regular_;
+      --room[best], rest -= best >= regular_ ? 1 : 0;
       ids[t] = best % experts_;
     }
   }

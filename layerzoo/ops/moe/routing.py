@@ -56,7 +56,7 @@ def _fake(logits: Tensor, bias: Tensor | None, noise: Tensor | None, top_k: int,
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     logits, noise, needed = args[4], args[5], args[-1]
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         x.new_empty(x.shape if x is not None and needed >> i & 1 else (0,))
         for i, x in enumerate((logits, logits if noise is None else noise))
     )
@@ -234,7 +234,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, n_iterations: int = 100, tolerance: float | None = None) -> Tensor:
-    """The balanced plan nearest to exp(logits): diag(a) exp(logits) diag(b), rows of sum 1 / T and columns of sum 1 / E.
+    """The balanced plan nearest to exp(logits): diag(a) exp(logits) diag(b), its rows sum to 1 / T, its columns to 1 / E.
 
     Computed with logarithms (S-BASE, Clark et al., 2022), so that no logits overflow. Columns come last: their sums are
     exact, those of the rows as near as the iterations get. A router takes the top-k of the plan and weighs by the
@@ -284,8 +284,7 @@ def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor
         capacity: tokens for each expert, at least 1; all T where there are fewer.
 
     Returns:
-        tokens (E C,) int64, weights (E C,) in the dtype of logits, and offsets (E + 1,) int64, with C = min(capacity, T).
-        An expert's tokens go by descending weight, equal ones by the lowest token. Tokens with NaN come last, and weigh
+        With C = min(capacity, T): tokens (E C,) int64, weights (E C,) in the dtype of logits, offsets (E + 1,) int64. An expert's tokens go by descending weight, equal ones by the lowest token. Tokens with NaN come last, and weigh
         NaN where they are taken. Weights are differentiable.
 
     Raises:
