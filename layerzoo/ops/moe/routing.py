@@ -125,8 +125,8 @@ def moe_route(
     """Each token's `top_k` experts and their weights.
 
     With h = logits + noise, a token's scores s are softmax(h), sigmoid(h), or h itself for "topk_softmax". It takes the
-    experts with the largest s + bias, equal ones by the lowest id, and weighs them by s, or, for "topk_softmax", by the
-    softmax over those it took. So: noisy top-k (Shazeer et al., 2017) is "topk_softmax" with noise = N(0, 1) times
+    experts with the largest s + bias, equal ones by the lowest id (without a bias by h, where nothing underflows), and
+    weighs them by s, or, for "topk_softmax", by the softmax over those it took. So: noisy top-k (Shazeer et al., 2017) is "topk_softmax" with noise = N(0, 1) times
     softplus; Switch (Fedus et al., 2021) "softmax" with a capacity; Mixtral "topk_softmax", the same as "softmax" with
     `normalize`; DeepSeek-V3 "sigmoid" with bias, groups, normalize and scale.
 
@@ -186,7 +186,7 @@ def moe_route(
         raise ValueError(f"{op}: drop must be 'position' or 'weight', got {drop!r}")
     weights, ids, *stats, _ = _route(
         logits,
-        bias,
+        None if bias is None else bias.detach(),
         noise,
         top_k,
         SCORES.index(score),
@@ -234,7 +234,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, n_iterations: int = 100, tolerance: float | None = None) -> Tensor:
-    """The balanced plan nearest to exp(logits): diag(a) exp(logits) diag(b), its rows sum to 1 / T, its columns to 1 / E.
+    """The balanced plan nearest to exp(logits): diag(a) exp(logits) diag(b), rows sum to 1 / T, columns to 1 / E.
 
     Computed with logarithms (S-BASE, Clark et al., 2022), so that no logits overflow. Columns come last: their sums are
     exact, those of the rows as near as the iterations get. A router takes the top-k of the plan and weighs by the
@@ -284,7 +284,8 @@ def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor
         capacity: tokens for each expert, at least 1; all T where there are fewer.
 
     Returns:
-        With C = min(capacity, T): tokens (E C,) int64, weights (E C,) in the dtype of logits, offsets (E + 1,) int64. An expert's tokens go by descending weight, equal ones by the lowest token. Tokens with NaN come last, and weigh
+        With C = min(capacity, T): tokens (E C,) int64, weights (E C,) in the dtype of logits, offsets (E + 1,) int64.
+        An expert's tokens go by descending weight, equal ones by the lowest token. Tokens with NaN come last, and weigh
         NaN where they are taken. Weights are differentiable.
 
     Raises:
