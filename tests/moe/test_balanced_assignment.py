@@ -16,7 +16,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def best_total(scores: Tensor) -> float:
-    """Each expert has ceil(T / E) places; rows of no worth take one place each of as many experts as stay below that."""
+    """Each expert has ceil(T / E) places; rows of no worth take one place each of those that stay below that."""
     tokens, experts = scores.shape
     places = -(-tokens // experts)
     matrix = np.repeat(scores.double().numpy(), places, axis=1)

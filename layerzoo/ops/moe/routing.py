@@ -126,9 +126,10 @@ def moe_route(
 
     With h = logits + noise, a token's scores s are softmax(h), sigmoid(h), or h itself for "topk_softmax". It takes the
     experts with the largest s + bias, equal ones by the lowest id (without a bias by h, where nothing underflows), and
-    weighs them by s, or, for "topk_softmax", by the softmax over those it took. So: noisy top-k (Shazeer et al., 2017) is "topk_softmax" with noise = N(0, 1) times
-    softplus; Switch (Fedus et al., 2021) "softmax" with a capacity; Mixtral "topk_softmax", the same as "softmax" with
-    `normalize`; DeepSeek-V3 "sigmoid" with bias, groups, normalize and scale.
+    weighs them by s, or, for "topk_softmax", by the softmax over those it took. So noisy top-k (Shazeer et al., 2017)
+    is "topk_softmax" with noise, N(0, 1) times its softplus; Switch (Fedus et al., 2021) "softmax" with a capacity;
+    Mixtral "topk_softmax", the same as "softmax" with `normalize`; DeepSeek-V3 "sigmoid" with bias, groups, normalize
+    and scale.
 
     Args:
         logits: (T, E); float32, bfloat16, float16 or float64. Everything is computed in float32 (float64 for float64).
