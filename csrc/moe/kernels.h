@@ -79,32 +79,30 @@ struct ExpertsGradArgs : ExpertsArgs {
   int64_t tasks(int64_t size) const { return (size + kMoeGradient - 1) / kMoeGradient * experts; }
 };
 
-constexpr int64_t kRouteTokens = 64;  // tokens in a task
-constexpr double kRouteTiny = 1e-20;  // keeps a sum of weights from being zero
+constexpr int64_t kRouteTokens = 32;  // in a task of routing
 
 enum class Score : int64_t { softmax, sigmoid, topk_softmax };
 
 struct RouteArgs {
-  bool f64 = false, top2 = false, normalize = false;
+  bool f64 = false, normalize = false, top2 = false;
   Score score = Score::softmax;
-  int64_t tokens = 0, experts = 0, k = 0, groups = 1, topk_group = 1;
+  int64_t tokens = 0, experts = 0, top_k = 0, n_group = 1, topk_group = 1;
   double scale = 1;
-  Rows logits, noise;          // (tokens, experts); noise may be null
-  const void* bias = nullptr;  // S: (experts), may be null
-  void* weights = nullptr;     // S: (tokens, k)
-  int64_t* ids = nullptr;      // (tokens, k)
-  void* lse = nullptr;         // S: (tokens), of the logits with noise
-  void* parts = nullptr;       // S: (tasks, experts): sums of the probabilities
+  const void* logits = nullptr;                  // (tokens, experts)
+  DType dtype = DType::f32;                      // of them, and of their gradient
+  const void *bias = nullptr, *noise = nullptr;  // S: (experts), (tokens, experts); may be null
+  void* weights = nullptr;                       // S: (tokens, top_k)
+  int64_t* ids = nullptr;                        // (tokens, top_k)
+  void* parts = nullptr;                         // S: (tasks, experts + 1): importance and squared sums, for each task
 
   int64_t tasks() const { return (tokens + kRouteTokens - 1) / kRouteTokens; }
 };
 
-struct RouteGradArgs : RouteArgs {
-  const int64_t* chosen = nullptr;        // (tokens, k): ids before any was dropped
-  const void* grad_weights = nullptr;     // S: (tokens, k)
-  const void* grad_importance = nullptr;  // S: (experts), may be null
-  const void* grad_lse = nullptr;         // S: (tokens), may be null
-  void* grad_logits = nullptr;            // (tokens, experts) in the type of the logits
+struct RouteGradArgs : RouteArgs {                     // `weights`: their gradient, may be null
+  const int64_t* kept = nullptr;                       // (tokens, top_k): the ids, `experts` where the pair was dropped
+  const void* grad_importance = nullptr;               // S: (experts)
+  double grad_z = 0;                                   // of the sum of all squares
+  void *grad_logits = nullptr, *grad_noise = nullptr;  // (tokens, experts), S: the same; may be null
 };
 
 struct MoeKernels {

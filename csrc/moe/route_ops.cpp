@@ -1,4 +1,4 @@
-// The CPU ops that decide which expert a token goes to.
+// moe_route on a CPU: rows by the kernels, then what needs all tokens: counts, the limit on each expert, statistics.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -6,7 +6,6 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <queue>
 #include <tuple>
 #include <vector>
 
@@ -18,241 +17,189 @@
 namespace layerzoo {
 namespace {
 
-CallCounter calls("moe_route"), backward_calls("moe_route_backward"), assignment_calls("balanced_assignment");
+CallCounter calls("moe_route"), backward_calls("moe_route_backward");
 
-constexpr double kExpertNanoseconds = 4;  // of one expert for one token on one AVX2 core
+constexpr double kNanosecondsPerLogit = 4;  // of one core
 
-Rows rows(const Tensor& t, const char* name) {
-  Rows r;
-  r.data = t.data_ptr(), r.dtype = dtype_of(t, name), r.stride = t.stride(0);
-  return r;
-}
-
-// What both passes share; the tensors keep alive what `args` points at.
-struct Route {
+// The tensors keep alive what `args` points at.
+struct Routed {
   ScalarType type;
   Tensor logits;
-  OptionalTensor noise, bias;
+  OptionalTensor noise;
 
-  Route(const Tensor& logits_, const OptionalTensor& bias_, const OptionalTensor& noise_)
+  Routed(const Tensor& logits_, const OptionalTensor& noise_)
       : type(accumulate_type(logits_)),
         logits(torch::stable::contiguous(logits_)),
-        noise(noise_ ? OptionalTensor(torch::stable::contiguous(*noise_)) : noise_),
-        bias(contiguous_as(bias_, type)) {}
+        noise(contiguous_as(noise_, type)) {}
 
   template <class Args>
-  Args arguments(int64_t k, int64_t score, int64_t groups, int64_t topk_group, bool top2, bool normalize,
-                 double scale) const {
+  Args arguments(int64_t top_k, int64_t score, bool normalize, double scale) const {
+    STD_TORCH_CHECK(logits.dim() == 2, "moe_route: logits must have shape (T, E)");
     Args a{};
-    a.tokens = logits.size(0), a.experts = logits.size(1), a.k = k;
-    STD_TORCH_CHECK(k >= 1 && k <= a.experts, "moe_route: top_k must be in [1, ", a.experts, "], got ", k);
-    STD_TORCH_CHECK(groups >= 1 && a.experts % groups == 0 && topk_group >= 1 && topk_group <= groups &&
-                        topk_group * (a.experts / groups) >= k,
-                    "moe_route: groups do not fit the number of experts and top_k");
+    a.f64 = type == ScalarType::Double, a.normalize = normalize, a.score = static_cast<Score>(score), a.scale = scale;
+    a.tokens = logits.size(0), a.experts = logits.size(1), a.top_k = top_k;
+    STD_TORCH_CHECK(top_k >= 1 && top_k <= a.experts, "moe_route: top_k must be from 1 to ", a.experts, ", got ",
+                    top_k);
+    STD_TORCH_CHECK(a.experts < std::numeric_limits<int32_t>::max(), "moe_route: too many experts: ", a.experts);
+    STD_TORCH_CHECK(score >= 0 && score <= 2, "moe_route: score must be 0, 1 or 2, got ", score);
     check_shape(noise, "noise", {a.tokens, a.experts});
-    check_shape(bias, "bias", {a.experts});
-    a.f64 = type == ScalarType::Double, a.score = static_cast<Score>(score), a.normalize = normalize;
-    a.groups = groups, a.topk_group = topk_group, a.top2 = top2, a.scale = scale;
-    a.logits = rows(logits, "logits"), a.bias = data_or_null(bias);
-    if (noise) a.noise = rows(*noise, "noise");
+    a.logits = logits.data_ptr(), a.dtype = dtype_of(logits, "logits"), a.noise = data_or_null(noise);
     return a;
+  }
+
+  Tensor empty(std::initializer_list<int64_t> sizes) const {
+    return torch::stable::new_empty(logits, std::vector<int64_t>(sizes), type);
+  }
+  Tensor integers(std::initializer_list<int64_t> sizes) const {
+    return torch::stable::new_empty(logits, std::vector<int64_t>(sizes), ScalarType::Long);
   }
 };
 
-// Drops what is over the capacity of an expert: first choices count before second ones, and earlier tokens before later
-// ones; or, `by_weight`, larger weights before smaller ones. Returns how many it dropped.
+// Which pairs are among the first `capacity` of their expert. Sets the others' ids to `experts`, their weights to 0.
 template <class S>
-int64_t drop(int64_t tokens, int64_t k, int64_t experts, int64_t capacity, bool by_weight, int64_t* ids, S* weights) {
-  std::vector<int64_t> order(tokens * k), taken(experts);
-  for (int64_t j = 0, i = 0; j < k; ++j)
-    for (int64_t t = 0; t < tokens; ++t) order[i++] = t * k + j;
-  if (by_weight)
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return weights[a] > weights[b]; });
+int64_t drop(const RouteArgs& a, int64_t capacity, bool by_weight) {
+  S* weights = static_cast<S*>(a.weights);
+  const int64_t pairs = a.tokens * a.top_k;
+  std::vector<int64_t> first(a.experts + 1), order(pairs);
+  for (int64_t i = 0; i < pairs; ++i) ++first[a.ids[i] + 1];
+  std::partial_sum(first.begin(), first.end(), first.begin());
+  std::vector<int64_t> next(first.begin(), first.end() - 1);
+  for (int64_t j = 0; j < a.top_k; ++j)  // all first choices before all second ones
+    for (int64_t i = j; i < pairs; i += a.top_k) order[next[a.ids[i]]++] = i;
   int64_t dropped = 0;
-  for (const int64_t pair : order)
-    if (taken[ids[pair]]++ >= capacity) ids[pair] = experts, weights[pair] = 0, ++dropped;
+  for (int64_t e = 0; e < a.experts; ++e) {
+    const auto begin = order.begin() + first[e], end = order.begin() + first[e + 1];
+    if (end - begin <= capacity) continue;
+    if (by_weight)
+      std::stable_sort(begin, end, [&](int64_t x, int64_t y) {
+        return weights[x] > weights[y] || (weights[x] == weights[x] && weights[y] != weights[y]);
+      });
+    for (auto pair = begin + capacity; pair != end; ++pair) a.ids[*pair] = a.experts, weights[*pair] = 0;
+    dropped += end - begin - capacity;
+  }
   return dropped;
 }
 
-// weights, ids, ids before any was dropped (empty where none can be), counts, importance, lse, dropped
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route(
-    const Tensor& logits, int64_t top_k, int64_t score, const OptionalTensor& bias, int64_t groups, int64_t topk_group,
-    bool top2, bool normalize, double scale, const OptionalTensor& noise, int64_t capacity, bool by_weight) {
-  ++calls;
-  const Route shared(logits, bias, noise);
-  auto a = shared.arguments<RouteArgs>(top_k, score, groups, topk_group, top2, normalize, scale);
-  const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(logits, std::vector<int64_t>(sizes), type);
-  };
-  Tensor weights = empty({a.tokens, a.k}, shared.type), ids = empty({a.tokens, a.k}, ScalarType::Long);
-  Tensor chosen = empty({capacity > 0 ? a.tokens : 0, a.k}, ScalarType::Long);
-  Tensor counts = empty({a.experts}, ScalarType::Long), dropped = empty({}, ScalarType::Long);
-  Tensor lse = empty({a.tokens}, shared.type), parts = empty({a.tasks(), a.experts}, shared.type);
-  Tensor importance = empty({a.experts}, shared.type);
-  a.weights = weights.data_ptr(), a.ids = static_cast<int64_t*>(ids.data_ptr());
-  a.lse = lse.data_ptr(), a.parts = parts.data_ptr();
-  const MoeKernels& k = kernels().moe;
-  parallel_with_scratch(a.tasks(), kExpertNanoseconds * static_cast<double>(kRouteTokens * a.experts),
-                        k.route_scratch(a),
-                        [&](void* own, int64_t begin, int64_t end) { k.route(a, own, begin, end); });
-  auto* count = static_cast<int64_t*>(counts.data_ptr());
-  std::fill(count, count + a.experts, 0);
-  for (int64_t i = 0; i < a.tokens * a.k; ++i) ++count[a.ids[i]];
-  const auto add_up = [&](auto* sum, const auto* part) {
-    std::fill(sum, sum + a.experts, 0);
-    for (int64_t i = 0; i < a.tasks(); ++i)
-      for (int64_t e = 0; e < a.experts; ++e) sum[e] += part[i * a.experts + e];
-  };
-  auto& lost = *static_cast<int64_t*>(dropped.data_ptr()) = 0;
-  if (capacity > 0) std::copy(a.ids, a.ids + a.tokens * a.k, static_cast<int64_t*>(chosen.data_ptr()));
-  const auto finish = [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    add_up(static_cast<S*>(importance.data_ptr()), static_cast<const S*>(parts.data_ptr()));
-    if (capacity > 0) lost = drop(a.tokens, a.k, a.experts, capacity, by_weight, a.ids, static_cast<S*>(a.weights));
-  };
-  a.f64 ? finish(static_cast<double*>(nullptr)) : finish(static_cast<float*>(nullptr));
-  return {contiguous_as(weights, logits.scalar_type()), ids, chosen, counts, importance, lse, dropped};
-}
-
-Tensor moe_route_backward(const Tensor& grad_weights_, const OptionalTensor& grad_importance_,
-                          const OptionalTensor& grad_lse_, const Tensor& logits, const Tensor& ids_,
-                          const Tensor& chosen_, const Tensor& lse_, int64_t score, const OptionalTensor& noise,
-                          bool normalize, double scale) {
-  ++backward_calls;
-  const Route shared(logits, std::nullopt, noise);
-  auto a = shared.arguments<RouteGradArgs>(ids_.size(1), score, 1, 1, false, normalize, scale);
-  check_shape(grad_weights_, "grad_weights", {a.tokens, a.k});
-  check_shape(ids_, "ids", {a.tokens, a.k});
-  check_shape(grad_importance_, "grad_importance", {a.experts});
-  check_shape(grad_lse_, "grad_lse", {a.tokens});
-  const Tensor grad_weights = contiguous_as(grad_weights_, shared.type), lse = contiguous_as(lse_, shared.type);
-  const OptionalTensor grad_importance = contiguous_as(grad_importance_, shared.type);
-  const OptionalTensor grad_lse = contiguous_as(grad_lse_, shared.type);
-  const Tensor ids = torch::stable::contiguous(ids_);
-  const Tensor chosen = chosen_.size(0) == a.tokens ? torch::stable::contiguous(chosen_) : ids;
-  Tensor grad = torch::stable::new_empty(logits, {a.tokens, a.experts});
-  a.ids = static_cast<int64_t*>(ids.data_ptr()), a.chosen = static_cast<const int64_t*>(chosen.data_ptr());
-  a.lse = lse.data_ptr(), a.grad_weights = grad_weights.data_ptr(), a.grad_logits = grad.data_ptr();
-  a.grad_importance = data_or_null(grad_importance), a.grad_lse = data_or_null(grad_lse);
-  const MoeKernels& k = kernels().moe;
-  parallel_with_scratch(a.tasks(), kExpertNanoseconds * static_cast<double>(kRouteTokens * a.experts),
-                        k.route_scratch(a),
-                        [&](void* own, int64_t begin, int64_t end) { k.route_backward(a, own, begin, end); });
-  return grad;
-}
-
-// ---- balanced assignment ----
-
-// The auction of Bertsekas and Castañón for many alike places: each expert has `places` of them, each at a price of its
-// own; whoever has no place bids for the one that is worth most to it. `score` (tokens, experts); tokens beyond are
-// worth nothing to nobody, and fill up.
-class Auction {
- public:
-  Auction(const double* score, int64_t tokens, int64_t experts)
-      : score_(score),
-        tokens_(tokens),
-        experts_(experts),
-        places_((tokens + experts - 1) / experts),
-        bidders_(places_ * experts),
-        price_(places_ * experts),
-        holder_(places_ * experts) {}
-
-  std::vector<int64_t> run() {
-    double low = 0, high = 0;
-    for (int64_t i = 0; i < tokens_ * experts_; ++i) low = std::min(low, score_[i]), high = std::max(high, score_[i]);
-    const double range = std::max(high - low, 1e-12);
-    std::vector<int64_t> expert;
-    // From coarse to fine: prices found with a large step need few bids, and are nearly right for the next one.
-    for (double step = range / 4; step > range * kFinest; step /= 5) expert = bid(std::max(step, range * kFinest));
-    return expert;
-  }
-
- private:
-  static constexpr double kFinest = 1e-5;
-  static constexpr int64_t kMostBids = 400;  // for each token, at one step; beyond, places are given away
-
-  std::vector<int64_t> bid(double step) {
-    std::fill(holder_.begin(), holder_.end(), -1);
-    std::vector<int64_t> expert(bidders_, -1), waiting(bidders_);
-    std::iota(waiting.rbegin(), waiting.rend(), 0);
-    heaps();
-    for (int64_t left = kMostBids * bidders_; !waiting.empty() && left > 0; --left) {
-      const int64_t who = waiting.back();
-      waiting.pop_back();
-      double best = -std::numeric_limits<double>::infinity(), second = best;
-      int64_t where = 0;
-      for (int64_t e = 0; e < experts_; ++e) {
-        const double value = worth(who, e) - price_[cheapest(e)];
-        if (value > best)
-          second = best, best = value, where = e;
-        else if (value > second)
-          second = value;
-      }
-      // the next cheapest place of the same expert is a second choice too
-      if (places_ > 1) second = std::max(second, worth(who, where) - price_[next_cheapest(where)]);
-      const int64_t place = cheapest(where);
-      price_[place] += (std::isfinite(second) ? best - second : 0) + step;
-      if (holder_[place] >= 0) expert[holder_[place]] = -1, waiting.push_back(holder_[place]);
-      holder_[place] = who, expert[who] = where;
-      sink(where);
-    }
-    for (int64_t e = 0; e < experts_; ++e)
-      for (int64_t i = 0; i < places_ && !waiting.empty(); ++i)
-        if (holder_[e * places_ + i] < 0) {
-          holder_[e * places_ + i] = waiting.back(), expert[waiting.back()] = e;
-          waiting.pop_back();
-        }
-    expert.resize(tokens_);
-    return expert;
-  }
-
-  double worth(int64_t who, int64_t e) const { return who < tokens_ ? score_[who * experts_ + e] : 0; }
-
-  // The places of an expert are a heap with the cheapest in front.
-  int64_t cheapest(int64_t e) const { return e * places_; }
-  int64_t next_cheapest(int64_t e) const {
-    const int64_t first = e * places_;
-    return places_ > 2 && price_[first + 2] < price_[first + 1] ? first + 2 : first + 1;
-  }
-  void heaps() {
-    for (int64_t e = 0; e < experts_; ++e) std::sort(price_.begin() + e * places_, price_.begin() + (e + 1) * places_);
-  }
-  void sink(int64_t e) {
-    double* price = price_.data() + e * places_;
-    int64_t* holder = holder_.data() + e * places_;
-    for (int64_t i = 0;;) {
-      int64_t child = 2 * i + 1;
-      if (child >= places_) return;
-      if (child + 1 < places_ && price[child + 1] < price[child]) ++child;
-      if (price[i] <= price[child]) return;
-      std::swap(price[i], price[child]), std::swap(holder[i], holder[child]);
-      i = child;
-    }
-  }
-
-  const double* score_;
-  int64_t tokens_, experts_, places_, bidders_;
-  std::vector<double> price_;
-  std::vector<int64_t> holder_;
+struct Totals {
+  void *importance, *load, *z_loss, *entropy;
+  int64_t* counts;
 };
 
-Tensor balanced_assignment(const Tensor& scores_) {
-  ++assignment_calls;
-  STD_TORCH_CHECK(scores_.dim() == 2 && scores_.size(1) > 0, "balanced_assignment: scores must be (tokens, experts)");
-  const Tensor scores = contiguous_as(scores_, ScalarType::Double);
-  const int64_t tokens = scores.size(0), experts = scores.size(1);
-  const auto* given = static_cast<const double*>(scores.data_ptr());
-  std::vector<double> score(given, given + tokens * experts);
-  double least = 0, most = 0;
-  for (const double s : score)
-    if (std::isfinite(s)) least = std::min(least, s), most = std::max(most, s);
-  for (double& s : score)
-    if (!std::isfinite(s)) s = s > 0 ? most : least;
-  Tensor ids = torch::stable::new_empty(scores, {tokens, 1}, ScalarType::Long);
-  if (tokens == 0) return ids;
-  const std::vector<int64_t> expert = Auction(score.data(), tokens, experts).run();
-  std::copy(expert.begin(), expert.end(), static_cast<int64_t*>(ids.data_ptr()));
-  return ids;
+template <class S>
+void add_up(const RouteArgs& a, const Totals& to) {
+  const S* parts = static_cast<const S*>(a.parts);
+  const double rows = static_cast<double>(std::max<int64_t>(a.tokens, 1));
+  std::vector<double> sum(a.experts + 1);
+  for (int64_t task = 0; task < a.tasks(); ++task)
+    for (int64_t e = 0; e <= a.experts; ++e) sum[e] += parts[task * (a.experts + 1) + e];
+  std::fill_n(to.counts, a.experts, 0);
+  for (int64_t i = 0; i < a.tokens * a.top_k; ++i) ++to.counts[a.ids[i]];
+  double entropy = 0;
+  for (int64_t e = 0; e < a.experts; ++e) {
+    const double mean = sum[e] / rows;
+    entropy -= mean == 0 ? 0 : mean * std::log(mean);
+    static_cast<S*>(to.importance)[e] = static_cast<S>(sum[e]);
+    static_cast<S*>(to.load)[e] = static_cast<S>(static_cast<double>(to.counts[e]) / rows);
+  }
+  *static_cast<S*>(to.z_loss) = static_cast<S>(sum[a.experts] / rows);
+  *static_cast<S*>(to.entropy) = static_cast<S>(entropy);
+}
+
+using Route = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Route moe_route(const Tensor& logits_, const OptionalTensor& bias_, const OptionalTensor& noise, int64_t top_k,
+                int64_t score, int64_t n_group, int64_t topk_group, bool top2, bool normalize, double scale,
+                int64_t capacity, bool by_weight) {
+  ++calls;
+  const Routed routed(logits_, noise);
+  auto a = routed.arguments<RouteArgs>(top_k, score, normalize, scale);
+  const OptionalTensor bias = contiguous_as(bias_, routed.type);
+  check_shape(bias, "bias", {a.experts});
+  STD_TORCH_CHECK(n_group >= 1 && a.experts % n_group == 0 && topk_group >= 1 && topk_group <= n_group &&
+                      a.experts / n_group * topk_group >= top_k,
+                  "moe_route: groups do not fit ", a.experts, " experts");
+  a.bias = data_or_null(bias), a.n_group = n_group, a.topk_group = topk_group, a.top2 = top2;
+  Tensor weights = routed.empty({a.tokens, top_k}), ids = routed.integers({a.tokens, top_k});
+  Tensor chosen = routed.integers({capacity ? a.tokens : 0, top_k}), counts = routed.integers({a.experts});
+  Tensor parts = routed.empty({a.tasks(), a.experts + 1}), importance = routed.empty({a.experts});
+  Tensor load = routed.empty({a.experts}), z_loss = routed.empty({}), entropy = routed.empty({});
+  Tensor dropped = routed.integers({});
+  a.weights = weights.data_ptr(), a.ids = static_cast<int64_t*>(ids.data_ptr()), a.parts = parts.data_ptr();
+  const MoeKernels& k = kernels().moe;
+  parallel_with_scratch(a.tasks(), kNanosecondsPerLogit * static_cast<double>(kRouteTokens * a.experts),
+                        k.route_scratch(a),
+                        [&](void* own, int64_t begin, int64_t end) { k.route(a, own, begin, end); });
+  const Totals to{importance.data_ptr(), load.data_ptr(), z_loss.data_ptr(), entropy.data_ptr(),
+                  static_cast<int64_t*>(counts.data_ptr())};
+  a.f64 ? add_up<double>(a, to) : add_up<float>(a, to);
+  int64_t& lost = *static_cast<int64_t*>(dropped.data_ptr());
+  lost = 0;
+  if (capacity) {
+    std::copy_n(a.ids, a.tokens * top_k, static_cast<int64_t*>(chosen.data_ptr()));
+    lost = a.f64 ? drop<double>(a, capacity, by_weight) : drop<float>(a, capacity, by_weight);
+  }
+  return {
+      contiguous_as(weights, logits_.scalar_type()), ids, counts, importance, load, z_loss, entropy, dropped, chosen};
+}
+
+// Adds the gradient that comes through the entropy of the mean.
+template <class S>
+void add_entropy(const RouteArgs& a, const Tensor& importance, const Tensor& grad_entropy, const Tensor& to) {
+  const S *sum = static_cast<const S*>(importance.data_ptr()), grad = *static_cast<const S*>(grad_entropy.data_ptr());
+  const S rows = static_cast<S>(std::max<int64_t>(a.tokens, 1));
+  for (int64_t e = 0; e < a.experts; ++e) {
+    const S mean = std::max(sum[e] / rows, std::numeric_limits<S>::min());
+    static_cast<S*>(to.data_ptr())[e] -= grad / rows * (std::log(mean) + 1);
+  }
+}
+
+// Bits of `needed`: logits, noise.
+std::tuple<Tensor, Tensor> moe_route_backward(const OptionalTensor& grad_weights, const OptionalTensor& grad_importance,
+                                              const OptionalTensor& grad_z_loss, const OptionalTensor& grad_entropy,
+                                              const Tensor& logits_, const OptionalTensor& noise, const Tensor& ids_,
+                                              const Tensor& chosen_, const Tensor& importance, int64_t score,
+                                              bool normalize, double scale, int64_t needed) {
+  ++backward_calls;
+  const Routed routed(logits_, noise);
+  STD_TORCH_CHECK(ids_.dim() == 2, "moe_route: ids must have shape (T, k)");
+  auto a = routed.arguments<RouteGradArgs>(ids_.size(1), score, normalize, scale);
+  check_shape(ids_, "ids", {a.tokens, a.top_k});
+  check_shape(grad_weights, "grad_weights", {a.tokens, a.top_k});
+  check_shape(grad_importance, "grad_importance", {a.experts});
+  check_shape(importance, "importance", {a.experts});
+  const Tensor ids = contiguous_as(ids_, ScalarType::Long);
+  const Tensor chosen = chosen_.size(0) == a.tokens ? contiguous_as(chosen_, ScalarType::Long) : ids;
+  check_shape(chosen, "chosen", {a.tokens, a.top_k});
+  const OptionalTensor weights = contiguous_as(grad_weights, routed.type);
+  a.weights = data_or_null(weights), a.ids = static_cast<int64_t*>(chosen.data_ptr());
+  a.kept = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t i = 0; i < a.tokens * a.top_k; ++i)
+    STD_TORCH_CHECK(a.ids[i] >= 0 && a.ids[i] < a.experts, "moe_route: ids must come from moe_route, got ", a.ids[i]);
+  Tensor by_importance = routed.empty({a.experts});
+  torch::stable::fill_(by_importance, 0);
+  if (grad_importance) torch::stable::copy_(by_importance, *grad_importance);
+  if (grad_entropy) {
+    const Tensor grad = contiguous_as(*grad_entropy, routed.type), sum = contiguous_as(importance, routed.type);
+    a.f64 ? add_entropy<double>(a, sum, grad, by_importance) : add_entropy<float>(a, sum, grad, by_importance);
+  }
+  a.grad_importance = by_importance.data_ptr();
+  if (grad_z_loss) {
+    const Tensor grad = contiguous_as(*grad_z_loss, ScalarType::Double);
+    a.grad_z = *static_cast<const double*>(grad.data_ptr()) / static_cast<double>(std::max<int64_t>(a.tokens, 1));
+  }
+  const auto made = [&](bool wanted, ScalarType type) {
+    const std::vector<int64_t> none{0}, all{a.tokens, a.experts};
+    return torch::stable::new_empty(logits_, wanted ? all : none, type);
+  };
+  const bool by_logits = needed & 1, by_noise = needed >> 1 & 1;
+  Tensor grad_logits = made(by_logits, logits_.scalar_type()), grad_noise = made(by_noise, routed.type);
+  if (by_logits) a.grad_logits = grad_logits.data_ptr();
+  if (by_noise) a.grad_noise = grad_noise.data_ptr();
+  const MoeKernels& k = kernels().moe;
+  parallel_with_scratch(a.tasks(), kNanosecondsPerLogit * static_cast<double>(kRouteTokens * a.experts),
+                        k.route_scratch(a),
+                        [&](void* own, int64_t begin, int64_t end) { k.route_backward(a, own, begin, end); });
+  return {grad_logits, contiguous_as(grad_noise, (noise ? *noise : logits_).scalar_type())};
 }
 
 }  // namespace
@@ -260,7 +207,6 @@ Tensor balanced_assignment(const Tensor& scores_) {
 STABLE_TORCH_LIBRARY_IMPL(layerzoo, CPU, m) {
   m.impl("moe_route", TORCH_BOX(&moe_route));
   m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
-  m.impl("balanced_assignment", TORCH_BOX(&balanced_assignment));
 }
 
 }  // namespace layerzoo

@@ -168,152 +168,211 @@ def moe_experts_backward(
     return grad_x.to(x.dtype), grad_w.to(weights.dtype).view_as(weights), grad_w13, grad_w2, grad_b13, grad_b2
 
 
-# ---- routing ----
-
 SCORES = ("softmax", "sigmoid", "topk_softmax")
-TINY = 1e-20
+TINY = 1e-20  # added to what weights are divided by
 
 
-def _first_largest(x: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest along the last dimension, largest first, of equals the lowest index."""
-    return torch.sort(x, dim=-1, descending=True, stable=True).indices[..., :count]
+def _probabilities(h: Tensor, score: str) -> Tensor:
+    """(T, E): what each expert's score is among all; a row with NaN is NaN."""
+    if score == "sigmoid":
+        return torch.where(h.isnan().any(1, keepdim=True), math.nan, torch.sigmoid(h))
+    return F.softmax(h, dim=1)
 
 
-def _keep_groups(choice: Tensor, groups: int, topk_group: int, top2: bool) -> Tensor:
-    grouped = choice.view(choice.shape[0], groups, -1)
-    best = grouped.sort(dim=-1, descending=True).values[..., : 2 if top2 else 1]
-    kept = _first_largest(best.sum(-1), topk_group)
-    mask = torch.zeros(choice.shape[0], groups, dtype=torch.bool, device=choice.device).scatter_(1, kept, True)
-    return grouped.masked_fill(~mask[..., None], -math.inf).flatten(1)
+def _chosen(
+    h: Tensor, p: Tensor, bias: Tensor | None, top_k: int, n_group: int, topk_group: int, top2: bool, score: str
+) -> Tensor:
+    """Ids of the `top_k` largest, ties by the lowest id. Without a bias by h itself, which has fewer ties than p."""
+    scored = h if score == "topk_softmax" else p
+    if bias is not None:
+        scored = scored + bias.to(h.dtype)
+    choice, scored = (torch.where(x.isnan(), -math.inf, x) for x in (h if bias is None else scored, scored))
+    order = choice.argsort(dim=1, descending=True, stable=True)
+    if topk_group < n_group:
+        size = h.shape[1] // n_group
+        group = (scored if top2 else choice).unflatten(1, (n_group, size))
+        group = group.topk(2).values.sum(2) if top2 and size > 1 else group.amax(2)
+        group = torch.where(group.isnan(), -math.inf, group)
+        keep = group.argsort(dim=1, descending=True, stable=True)[:, :topk_group]
+        masked = torch.ones_like(group, dtype=torch.uint8).scatter(1, keep, 0).repeat_interleave(size, 1)
+        order = order.gather(1, masked.gather(1, order).argsort(dim=1, stable=True))
+    return order[:, :top_k].contiguous()
 
 
-def _drop(ids: Tensor, weights: Tensor, experts: int, capacity: int, by_weight: bool) -> Tensor:
-    """Which pairs (T, k) are over the capacity of their expert."""
-    tokens, k = ids.shape
-    order = torch.arange(tokens * k, device=ids.device).view(tokens, k).T.flatten()  # first choices first
+def _gates(h: Tensor, p: Tensor, ids: Tensor, score: str) -> Tensor:
+    if score != "topk_softmax":
+        return p.gather(1, ids)
+    return torch.where(h.isnan().any(1, keepdim=True), math.nan, F.softmax(h.gather(1, ids), dim=1))
+
+
+def _kept(ids: Tensor, weights: Tensor, counts: Tensor, capacity: int, by_weight: bool) -> Tensor:
+    """(T, k): is the pair among the first `capacity` of its expert?"""
+    flat = ids.mT.reshape(-1)  # all first choices before all second ones
+    order = torch.arange(flat.numel(), device=ids.device)
     if by_weight:
-        order = order[torch.sort(weights.flatten()[order], descending=True, stable=True).indices]
-    sorted_ids, by_expert = torch.sort(ids.flatten()[order], stable=True)
-    first = torch.searchsorted(sorted_ids, torch.arange(experts, device=ids.device))
-    place = torch.arange(tokens * k, device=ids.device) - first[sorted_ids]
-    over = torch.zeros(tokens * k, dtype=torch.bool, device=ids.device)
-    over[order[by_expert]] = place >= capacity
-    return over.view(tokens, k)
-
-
-def _scored(logits: Tensor, noise: Tensor | None, score: int) -> tuple[Tensor, Tensor]:
-    acc = accumulate_dtype(logits)
-    z = logits.to(acc) if noise is None else logits.to(acc) + noise.to(acc)
-    return z, torch.sigmoid(z) if SCORES[score] == "sigmoid" else z.softmax(dim=1)
+        order = weights.nan_to_num(nan=-1.0).mT.reshape(-1).argsort(descending=True, stable=True)
+    order = order[flat[order].argsort(stable=True)]
+    first = counts.cumsum(0) - counts
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(flat.numel(), device=ids.device) - first[flat[order]]
+    return (rank < capacity).view(ids.shape[1], ids.shape[0]).mT
 
 
 def moe_route(
     logits: Tensor,
+    bias: Tensor | None,
+    noise: Tensor | None,
     top_k: int,
     score: int,
-    bias: Tensor | None,
-    groups: int,
+    n_group: int,
     topk_group: int,
     top2: bool,
     normalize: bool,
     scale: float,
-    noise: Tensor | None,
     capacity: int,
     by_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """weights, ids, ids before any was dropped, counts, importance, log-sum-exp, dropped."""
-    z, p = _scored(logits, noise, score)
-    experts, late = logits.shape[1], SCORES[score] == "topk_softmax"
-    choice = (z if late else p) if bias is None else (z if late else p) + bias.to(z.dtype)
-    choice = torch.where(choice.isnan(), -math.inf, choice)
-    if groups > 1:
-        choice = _keep_groups(choice, groups, topk_group, top2)
-    ids = _first_largest(choice, top_k)
-    weights = z.gather(1, ids).softmax(dim=1) if late else p.gather(1, ids)
-    if normalize:
-        weights = weights / (weights.sum(dim=1, keepdim=True) + TINY)
-    weights = (weights * scale).masked_fill(z.isnan().any(dim=1, keepdim=True), math.nan)
-    chosen = ids if capacity > 0 else ids[:0]
-    counts = torch.bincount(ids.flatten(), minlength=experts)
-    dropped = counts.new_zeros(())
-    if capacity > 0:
-        over = _drop(ids, weights, experts, capacity, by_weight)
-        ids, weights, dropped = ids.masked_fill(over, experts), weights.masked_fill(over, 0), over.sum()
-    importance = (p / p.sum(dim=1, keepdim=True)).sum(0)
-    return weights.to(logits.dtype), ids, chosen.clone(), counts, importance, z.logsumexp(dim=1), dropped
+) -> tuple[Tensor, ...]:
+    """weights, ids, the six statistics, and the ids before any pair is dropped (where `capacity` is not 0)."""
+    acc, name, (tokens, experts) = accumulate_dtype(logits), SCORES[score], logits.shape
+    clean = logits.to(acc)
+    h = clean if noise is None else clean + noise.to(acc)
+    p = _probabilities(h, name)
+    ids = _chosen(h, p, bias, top_k, n_group, topk_group, top2, name)
+    gates = _gates(h, p, ids, name)
+    if name == "softmax":
+        importance = p.sum(0)
+    elif name == "sigmoid":
+        importance = (p / (p.sum(1, keepdim=True) + TINY)).sum(0)
+    else:
+        importance = torch.zeros_like(p).scatter(1, ids, gates).sum(0)
+    weights = scale * (gates / (gates.sum(1, keepdim=True) + TINY) if normalize else gates)
+    counts = torch.zeros(experts, dtype=torch.int64, device=ids.device)
+    counts = counts.scatter_add_(0, ids.reshape(-1), torch.ones_like(ids).reshape(-1))
+    rows = max(tokens, 1)
+    mean = importance / rows
+    entropy = -(mean * mean.clamp_min(torch.finfo(acc).tiny).log()).sum()
+    z_loss = _log_sum_exp(clean).square().sum() / rows
+    chosen, dropped = ids.new_empty((0, top_k)), counts.new_zeros(())
+    if capacity:
+        kept = _kept(ids, weights, counts, capacity, by_weight)
+        chosen, dropped = ids, ids.numel() - kept.sum()
+        weights, ids = torch.where(kept, weights, 0), torch.where(kept, ids, experts)
+    return weights.to(logits.dtype), ids, counts, importance, counts.to(acc) / rows, z_loss, entropy, dropped, chosen
+
+
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """Not torch's, which knows infinite sums: here a row without a softmax has no sum either."""
+    top = x.amax(1, keepdim=True)
+    return top.squeeze(1) + (x - top).exp().sum(1).log()
 
 
 def moe_route_backward(
-    grad_weights: Tensor,
+    grad_weights: Tensor | None,
     grad_importance: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_z_loss: Tensor | None,
+    grad_entropy: Tensor | None,
     logits: Tensor,
+    noise: Tensor | None,
     ids: Tensor,
     chosen: Tensor,
-    lse: Tensor,
+    importance: Tensor,
     score: int,
-    noise: Tensor | None,
     normalize: bool,
     scale: float,
-) -> Tensor:
-    """The gradient of the logits, which is that of the noise too."""
-    z, s = _scored(logits, noise, score)
-    chosen = chosen if chosen.shape[0] == ids.shape[0] else ids
-    g = grad_weights.to(z.dtype).masked_fill(ids == logits.shape[1], 0) * scale
-    late, p = SCORES[score] == "topk_softmax", z.softmax(dim=1)
-    grad_s, grad_z = torch.zeros_like(z), torch.zeros_like(z)
-    if late:
-        r = z.gather(1, chosen).softmax(dim=1)
-        grad_z.scatter_add_(1, chosen, r * (g - (g * r).sum(1, keepdim=True)))
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and noise, in float32 (float64 for float64)."""
+    acc, name, (tokens, experts) = accumulate_dtype(logits), SCORES[score], logits.shape
+    rows = max(tokens, 1)
+    clean = logits.to(acc)
+    h = clean if noise is None else clean + noise.to(acc)
+    by_importance = torch.zeros_like(importance) if grad_importance is None else grad_importance
+    if grad_entropy is not None:
+        mean = (importance / rows).clamp_min(torch.finfo(acc).tiny)
+        by_importance = by_importance - grad_entropy / rows * (mean.log() + 1)
+    kept, chosen = ids < experts, chosen if chosen.shape[0] == tokens else ids
+    p = _probabilities(h, name)
+    gates = _gates(h, p, chosen, name)
+    by_gate = torch.zeros_like(gates) if grad_weights is None else grad_weights.to(acc) * scale * kept
+    if normalize:
+        total = gates.sum(1, keepdim=True) + TINY
+        by_gate = (by_gate - (by_gate * gates).sum(1, keepdim=True) / total) / total
+    if name == "topk_softmax":
+        by_gate = by_gate + by_importance[chosen]
+        by_choice = gates * (by_gate - (by_gate * gates).sum(1, keepdim=True))
+        by_h = torch.zeros_like(h).scatter(1, chosen, by_choice)
+    elif name == "sigmoid":
+        total = p.sum(1, keepdim=True) + TINY
+        by_p = (by_importance - (by_importance * p).sum(1, keepdim=True) / total) / total
+        by_h = by_p.scatter_add(1, chosen, by_gate) * p * (1 - p)
     else:
-        w = s.gather(1, chosen)
-        if normalize:
-            total = w.sum(1, keepdim=True) + TINY
-            g = (g - (g * w).sum(1, keepdim=True) / total) / total
-        grad_s.scatter_add_(1, chosen, g)
-    if grad_importance is not None:
-        total, q = s.sum(1, keepdim=True), s / s.sum(1, keepdim=True)
-        grad_s += (grad_importance - (q * grad_importance).sum(1, keepdim=True)) / total
-    if SCORES[score] == "sigmoid":
-        grad_z += grad_s * s * (1 - s)
-    else:
-        grad_z += p * (grad_s - (grad_s * p).sum(1, keepdim=True))
-    if grad_lse is not None:
-        grad_z += grad_lse[:, None] * p
-    return grad_z.to(logits.dtype)
+        by_p = by_importance.expand_as(h).scatter_add(1, chosen, by_gate)
+        by_h = p * (by_p - (by_p * p).sum(1, keepdim=True))
+    if grad_z_loss is None:
+        return by_h, by_h
+    return by_h + grad_z_loss * (2 / rows) * _log_sum_exp(clean)[:, None] * F.softmax(clean, dim=1), by_h
 
 
-def balanced_assignment(scores: Tensor) -> Tensor:
-    """The auction of the kernel with all tokens that wait bidding at once: another order, the same guarantee."""
+# How far from the best total an assignment may be: for each token this share of the range of the scores.
+ASSIGNMENT_EPSILON = 1e-5
+ASSIGNMENT_BIDS = 1000  # for each token, in the mean
+
+
+def finite_scores(scores: Tensor) -> Tensor:
+    """In float64 between 0 and 1; NaN and -inf count as the smallest finite score, +inf as the largest."""
+    s, finite = scores.double(), scores.isfinite()
+    low = torch.where(finite, s, math.inf).amin()
+    high = torch.where(finite, s, -math.inf).amax()
+    s = torch.where(finite, s, torch.where(scores == math.inf, high, low))
+    return ((s - low) / (high - low)).nan_to_num(nan=0.0)
+
+
+def balanced_assignment(scores: Tensor, epsilon: float, bids: int) -> Tensor:
+    """Bertsekas' auction with scaled eps; all bidders without a place bid at once. ids (T, 1).
+
+    Where E does not divide T, each expert has one more place, and E - T % E extra bidders, who may stand nowhere else,
+    fill what no token gets. Places of one kind share a price: the lowest bid in them.
+    """
     tokens, experts = scores.shape
-    score = scores.detach().double().cpu()
-    finite = score[score.isfinite()]
-    least, most = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
-    score = torch.nan_to_num(score, nan=min(least, 0.0), posinf=max(most, 0.0), neginf=min(least, 0.0))
-    places = -(-tokens // experts)
-    value = torch.cat([score, score.new_zeros(places * experts - tokens, experts)])
-    price = value.new_zeros(experts, places)
-    spread = max(float(value.max() - value.min()), 1e-12) if value.numel() else 1e-12
-    ids = torch.zeros(len(value), dtype=torch.int64)
-    step = spread / 4
-    while step > spread * 1e-5:
-        step = max(step / 5, spread * 1e-5)
-        holder = torch.full((experts, places), -1)
-        waiting = list(range(len(value)))
-        for _ in range(400 * len(value)):
-            if not waiting:
-                break
-            who = waiting.pop()
-            net = value[who] - price.min(dim=1).values
-            where = int(net.argmax())
-            others = torch.cat([net[:where], net[where + 1 :], value[who, where] - price[where].sort().values[1:2]])
-            place = int(price[where].argmin())
-            price[where, place] += (float(net[where] - others.max()) if others.numel() else 0.0) + step
-            if holder[where, place] >= 0:
-                waiting.append(int(holder[where, place]))
-            holder[where, place] = who
-        free = (holder < 0).nonzero().tolist()
-        for who, (e, place) in zip(waiting, free, strict=True):
-            holder[e, place] = who
-        ids[holder.flatten()] = torch.arange(experts).repeat_interleave(places)
-    return ids[:tokens, None].to(scores.device)
+    if tokens == 0:
+        return scores.new_empty((0, 1), dtype=torch.int64)
+    s, (least, rest) = finite_scores(scores), divmod(tokens, experts)
+    places = ([least] if least else []) + ([1] if rest else [])
+    room = torch.tensor(places, device=s.device).repeat_interleave(experts)
+    s = s.repeat(1, len(places))
+    if rest:
+        extra = s.new_full((experts - rest, len(room)), -math.inf)
+        extra[:, -experts:] = 0
+        s = torch.cat([s, extra])
+    price, eps, left = s.new_zeros(len(room)), 0.25, bids * len(s)
+    at = torch.full((len(s),), -1, device=s.device)
+    while left > 0:
+        eps = max(eps / 5, epsilon)
+        at.fill_(-1)
+        bid = s.new_zeros(len(s))
+        while left > 0 and (free := (at < 0).nonzero().squeeze(1)).numel():
+            left -= free.numel()
+            top, best = (s[free] - price).max(1)
+            second = (s[free] - price).scatter(1, best[:, None], -math.inf).amax(1)
+            at[free], bid[free] = best, price[best] + eps + torch.where(second.isfinite(), top - second, 0)
+            order = bid.argsort(descending=True, stable=True)
+            order = order[at[order].argsort(stable=True)]
+            first = torch.searchsorted(at[order], torch.arange(len(room) + 1, device=s.device))
+            rank = torch.arange(len(s), device=s.device) - first[at[order]]
+            at[order[(at[order] >= 0) & (rank >= room[at[order]])]] = -1
+            full = (first[1:] - first[:-1] >= room).nonzero().squeeze(1)
+            price[full] = bid[order[first[full] + room[full] - 1]]
+        if eps == epsilon:
+            break
+    ids = at[:tokens] % experts
+    return (_greedy(s[:tokens] - price, room.tolist(), experts, rest) if (at < 0).any() else ids)[:, None]
+
+
+def _greedy(gain: Tensor, room: list[int], experts: int, rest: int) -> Tensor:
+    """Each token in turn to where it gains most of what is left; `rest` experts fill their one more place."""
+    ids, regular = [], len(room) - experts if rest else len(room)
+    for row in gain.argsort(dim=1, descending=True, stable=True).tolist():
+        kind = next(kind for kind in row if room[kind] and (kind < regular or rest))
+        room[kind] -= 1
+        rest -= kind >= regular
+        ids.append(kind % experts)
+    return torch.tensor(ids, device=gain.device)
