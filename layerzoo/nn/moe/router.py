@@ -212,7 +212,7 @@ class Router(nn.Module):
         elif self.kind == "base":
             ids = balanced_assignment(logits.detach())
         else:
-            ids = sinkhorn(logits.detach()).topk(self.top_k, dim=1).indices
+            ids = sinkhorn(logits.detach(), n_iterations=20).topk(self.top_k, dim=1).indices
         probabilities = logits.softmax(dim=1)
         weights = (torch.sigmoid(logits) if self.top_k == 1 else probabilities).gather(1, ids)
         if self.normalize:
