@@ -224,11 +224,7 @@ class Router(nn.Module):
     def _chosen_by_experts(self, logits: Tensor) -> Routing:
         tokens, experts = logits.shape
         capacity = min(tokens, math.ceil(tokens * self.top_k / experts))
-        if capacity == 0:
-            offsets = torch.zeros(experts + 1, dtype=torch.int64, device=logits.device)
-            chosen, weights = offsets[:0], logits.flatten()[:0]
-        else:
-            chosen, weights, offsets = expert_choice(logits, capacity)
+        chosen, weights, offsets = expert_choice(logits, max(capacity, 1))
         if self.normalize:
             total = weights.new_zeros(tokens).index_add(0, chosen, weights)
             weights = weights / (total[chosen] + TINY)
