@@ -455,6 +455,7 @@ MUTATIONS = {  # the pass, file, what is changed, what it becomes, and what must
 def test_mutated_kernel_is_caught(tmp_path: Path, kernels: ctypes.CDLL, name: str) -> None:
     direction, file, old, new, message = MUTATIONS[name]
     loaded = mutant("moe_experts", file, old, new, tmp_path)
-    options = dict(tokens=300, k=1, experts=4, ids=[[i * 7 % 5] for i in range(300)], outer=33, inner=2, parts=290)
+    # Parts of a few pairs that mostly have one digit, and more counts than are scanned at once.
+    options = dict(tokens=600, k=1, experts=4, ids=[[i // 120] for i in range(600)], outer=33, inner=2, parts=260)
     calls = [c.call() for c in both(kernels, 0, **options)]
     assert_caught(loaded, message, calls[direction])
