@@ -41,10 +41,11 @@ struct Sorted : Dispatch {
                *offset = static_cast<const int64_t*>(offsets.data_ptr());
     STD_TORCH_CHECK(offset[0] == 0 && offset[experts] == pairs, "moe_experts: offsets must go from 0 to ", pairs,
                     ", the number of tokens, got ", offset[0], " to ", offset[experts]);
-    Sorted s(count, experts, pairs);
-    for (int64_t e = 0; e < experts; ++e) {
+    for (int64_t e = 0; e < experts; ++e)  // all of them before any is used as an index
       STD_TORCH_CHECK(offset[e] <= offset[e + 1], "moe_experts: offsets must not descend, got ", offset[e], ", ",
                       offset[e + 1]);
+    Sorted s(count, experts, pairs);
+    for (int64_t e = 0; e < experts; ++e) {
       s.offsets_[e + 1] = static_cast<int32_t>(offset[e + 1] - offset[e]);
       std::fill(s.expert_.begin() + offset[e], s.expert_.begin() + offset[e + 1], static_cast<int32_t>(e));
     }

@@ -31,8 +31,8 @@ struct Experts : ExpertsInputs {
     STD_TORCH_CHECK(pairs == ids.numel(), "moe_experts: weights must have the shape of ids");
   }
 
-  Tensor empty(std::initializer_list<int64_t> sizes) const {
-    return in_large_pages(torch::stable::new_empty(x, std::vector<int64_t>(sizes), type));
+  Tensor empty(const std::vector<int64_t>& sizes) const {
+    return in_large_pages(torch::stable::new_empty(x, sizes, type));
   }
 };
 
@@ -87,16 +87,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == experts.type, "hidden must come from moe_experts");
   const auto wanted = [&](int bit) { return (needed >> bit & 1) != 0; };
   const Tensor grad_out = with_unit_columns(grad_out_);
-  Tensor grad_x = torch::stable::new_empty(x, {wanted(0) ? a.tokens : 0, a.outer});
-  const std::vector<int64_t> pairs(weights.sizes().begin(), weights.sizes().end());
-  Tensor grad_weights = torch::stable::new_empty(weights, wanted(1) ? pairs : std::vector<int64_t>{0}, experts.type);
+  using Sizes = std::vector<int64_t>;
+  const auto sizes = [&](int bit, const Sizes& given) { return wanted(bit) ? given : Sizes{0}; };
+  Tensor grad_x = torch::stable::new_empty(x, sizes(0, {a.tokens, a.outer}));
+  const Sizes pairs(weights.sizes().begin(), weights.sizes().end());
+  Tensor grad_weights = torch::stable::new_empty(weights, sizes(1, pairs), experts.type);
   torch::stable::fill_(grad_weights, 0);  // of what is dropped
   const auto like = [&](const Tensor& t, int bit) {
     return wanted(bit) ? in_large_pages(torch::stable::empty_like(t)) : torch::stable::new_empty(t, {0});
   };
   Tensor grad_w13 = like(w13, 2), grad_w2 = like(w2, 3);
-  Tensor grad_b13 = experts.empty({wanted(4) ? a.experts : 0, a.width()});
-  Tensor grad_b2 = experts.empty({wanted(5) ? a.experts : 0, a.outer});
+  Tensor grad_b13 = experts.empty(sizes(4, {a.experts, a.width()}));
+  Tensor grad_b2 = experts.empty(sizes(5, {a.experts, a.outer}));
   Tensor inner = experts.empty({a.rows, a.inner}), grad_hidden = experts.empty({a.rows, a.width()});
   Tensor parts = experts.empty({a.rows, a.inner_tasks()}), y = experts.empty({wanted(0) ? a.rows : 0, a.outer});
   a.grad_out = rows(grad_out, "grad_out"), a.hidden = hidden.data_ptr(), a.a = inner.data_ptr();
@@ -128,11 +130,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   if (wanted(1) || wanted(4) || wanted(5))
     parallel(a.experts, work(a, 1, a.width() + a.outer, 4),
              [&](int64_t, int64_t begin, int64_t end) { k.experts_grad_small(a, begin, end); });
-  const auto as = [](const Tensor& t, const OptionalTensor& like) {
-    return like ? contiguous_as(t, like->scalar_type()) : t;
+  const auto as = [&](const Tensor& t, const OptionalTensor& like) {
+    return contiguous_as(t, (like ? *like : x).scalar_type());
   };
-  return {grad_x,         contiguous_as(grad_weights, weights.scalar_type()), grad_w13, grad_w2, as(grad_b13, b13),
-          as(grad_b2, b2)};
+  return {grad_x, as(grad_weights, weights), grad_w13, grad_w2, as(grad_b13, b13), as(grad_b2, b2)};
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ def check_rank(
     """Raises TypeError for what is no tensor of `dtypes`, ValueError for a rank that is none of `dims`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dim() not in [text.count(",") + 1 for text in dims]:
+    if value.dim() not in [text.replace(",)", ")").count(",") + 1 for text in dims]:
         raise ValueError(f"{op}: {name} must have shape {' or '.join(dims)}, got {tuple(value.shape)}")
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must have dtype {_names(dtypes)}, got {_names((value.dtype,))}")

@@ -6,7 +6,7 @@ from importlib import import_module
 from layerzoo.bench.case import Case
 from layerzoo.zoo.plugins import plugins
 
-FAMILIES = ("core", "linear", "ssm")
+FAMILIES = ("core", "linear", "moe", "ssm")
 
 
 def all_cases() -> tuple[list[Case], list[str]]:

@@ -29,13 +29,10 @@ def _fake(x: Tensor, ids: Tensor, weights: Tensor, *args: Any) -> tuple[Tensor, 
 
 
 def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    tensors, needed = args[:_TENSORS], args[-1]
-    like = [tensors[i] for i in _DIFFERENTIABLE]
+    like, needed = [args[0] if args[i] is None else args[i] for i in _DIFFERENTIABLE], args[-1]
     return tuple(
-        x.new_empty((0,), dtype=accumulate_dtype(args[0]) if i in (1, 4, 5) and x is None else x.dtype)
-        if not needed >> i & 1
-        else (torch.empty_like(x) if x.dim() == 3 else x.new_empty(x.shape))
-        for i, x in enumerate(args[0] if x is None else x for x in like)
+        x.new_empty((0,)) if not needed >> i & 1 else (torch.empty_like(x) if x.dim() == 3 else x.new_empty(x.shape))
+        for i, x in enumerate(like)
     )
 
 
@@ -140,13 +137,14 @@ def moe_experts(
     first = -1
     if expert_range is not None:
         check_rank(op, "w13", w13, ("(E, 2 I, H)",))
-        begin, end = expert_range
-        if not 0 <= begin <= end or end - begin != w13.shape[0]:
+        if not isinstance(expert_range, tuple | list):
+            raise TypeError(f"{op}: expert_range must be (begin, end) or None, got {expert_range!r}")
+        if len(expert_range) != 2 or expert_range[0] < 0 or expert_range[1] - expert_range[0] != w13.shape[0]:
             raise ValueError(
                 f"{op}: expert_range must be (begin, end) with end - begin = {w13.shape[0]}, the first size of w13, "
                 f"got {expert_range}"
             )
-        first = begin
+        first = expert_range[0]
     return _run(
         op, x, ids, weights, None, w13, w2, b13, b2, activation, gated, transposed, interleaved, alpha, limit, first
     )
