@@ -54,6 +54,7 @@ def test_what_is_timed_runs(gpu_check: ModuleType) -> None:
     for what, ours, others in gpu_check.timings("cpu", torch.float32, scale=64):
         ours()
         named.append(what.split()[0])
-        if others.get("torch"):
-            others["torch"]()
+        for name in ("torch", "grouped_mm"):
+            if others.get(name):
+                others[name]()
     assert set(named) == {op for op, _ in gpu_check.OPS}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from moe.inputs import expert_arguments
 from ssm.inputs import conv_arguments, leaves, recurrence_arguments, scan_arguments, ssd_arguments
 from ssm.oracle import TOLERANCE
 
@@ -31,6 +32,8 @@ OPS = (  # each with the backward that has a kernel of its own
     ("selective_state_update", False),
     ("ssd_chunk_scan", True),
     ("linear_scan", True),
+    ("moe_experts", True),
+    ("moe_experts_ragged", True),
 )
 Arguments = dict[str, Any]
 Run = Callable[[], Any]
@@ -38,7 +41,8 @@ Run = Callable[[], Any]
 
 def missing_kernels() -> list[str]:
     """The ops of OPS, and their backwards, that have no kernel for CUDA here."""
-    names = [name for op, backward in OPS for name in ([op, f"{op}_backward"] if backward else [op])]
+    kernels = [(op.removesuffix("_ragged"), backward) for op, backward in OPS]  # one for both forms
+    names = [name for op, backward in kernels for name in ([op, f"{op}_backward"] if backward else [op])]
     return [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(f"layerzoo::{n}", "CUDA")]
 
 
@@ -93,6 +97,26 @@ def conv_updates(dtype: torch.dtype) -> Iterator[Arguments]:
         yield given | {"conv_state_indices": torch.tensor([2, -1, 0])}
 
 
+def mixtures(dtype: torch.dtype, ragged: bool = False) -> Iterator[Arguments]:
+    for gate, routing, transposed in itertools.product(
+        ("silu", "gpt-oss", "relu2 alone"), ("some empty", "repeated", "dropped"), (False, True)
+    ):
+        options = dict(gate=gate, routing=routing, transposed=transposed, interleaved=transposed, ragged=ragged)
+        yield expert_arguments(37, 72, 33, 8, 3, dtype=dtype, layouts=("rows", "gaps"), **options)
+    yield expert_arguments(300, 130, 70, 3, 2, dtype=dtype, gate="gelu", ragged=ragged)  # tiles that are full
+    yield expert_arguments(70, 20, 9, 300, 4, dtype=dtype, gate="gelu_tanh", biases=False, ragged=ragged)
+    yield expert_arguments(1, 7, 5, 2, 1, dtype=dtype, routing="one", ragged=ragged)
+    yield expert_arguments(0, 7, 5, 2, 1, dtype=dtype, ragged=ragged)
+    if dtype != torch.float64:
+        mixed = dict(parameters=torch.float16, scores=torch.float32)
+        yield expert_arguments(37, 72, 33, 8, 3, dtype=dtype, ragged=ragged, **mixed)
+
+
+def some_of_the_experts(dtype: torch.dtype) -> Iterator[Arguments]:
+    yield from mixtures(dtype)
+    yield expert_arguments(37, 72, 33, 8, 3, dtype=dtype, ids=torch.int32) | {"expert_range": (2, 10)}
+
+
 CASES: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
     "selective_scan": scans,
     "causal_conv1d": convolutions,
@@ -100,6 +124,8 @@ CASES: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
     "selective_state_update": state_updates,
     "ssd_chunk_scan": ssd_scans,
     "linear_scan": recurrences,
+    "moe_experts": some_of_the_experts,
+    "moe_experts_ragged": lambda dtype: mixtures(dtype, ragged=True),
 }
 
 
@@ -209,6 +235,37 @@ def timings(device: str, dtype: torch.dtype, scale: int) -> Iterator[tuple[str, 
     )
     yield from passes(
         "linear_scan", ops.linear_scan, (torch.rand(b, length, d, device=device), random(b, length, d)), {}
+    )
+
+    tokens, experts, k = 4096 // scale, 64 // min(scale, 16), 8 // min(scale, 4)
+    hidden, inner = 1024 // scale, 512 // scale
+    ids = torch.rand(tokens, experts, device=device).argsort(1)[:, :k]
+    order = ids.flatten().argsort(stable=True)
+    ends = torch.bincount(ids.flatten(), minlength=experts).cumsum(0)
+    offsets, chosen = F.pad(ends, (1, 0)), order // k
+    mixture = (random(tokens, hidden), torch.rand(tokens, k, device=device))
+    mixture += (random(experts, 2 * inner, hidden) / 32, random(experts, hidden, inner) / 32)
+
+    def combine(x: Tensor, weights: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_add(0, chosen, y * weights.flatten()[order, None].to(y.dtype))
+
+    def grouped(x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+        g, u = F.grouped_mm(x[chosen], w13.mT, offs=ends.int()).chunk(2, 1)
+        return combine(x, weights, F.grouped_mm(F.silu(g) * u, w2.mT, offs=ends.int()))
+
+    def loop(x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+        parts = x[chosen].split(torch.diff(offsets).tolist())
+        halves = [(one @ w13[e].T).chunk(2, 1) for e, one in enumerate(parts)]
+        return combine(x, weights, torch.cat([(F.silu(g) * u) @ w2[e].T for e, (g, u) in enumerate(halves)]))
+
+    # On CUDA torch's grouped product is of bfloat16 alone.
+    others = {"torch": loop, "grouped_mm": grouped if device == "cpu" or dtype == torch.bfloat16 else None}
+    yield from passes("moe_experts", lambda x, w, *m: ops.moe_experts(x, ids, w, *m), mixture, others)
+    yield from passes(
+        "moe_experts_ragged",
+        lambda x, w, *m: ops.moe_experts_ragged(x, chosen, w.flatten()[order], offsets, *m),
+        mixture,
+        others,
     )
 
     rows = 64 // min(scale, 16)

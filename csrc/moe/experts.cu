@@ -48,9 +48,7 @@ struct CudaExperts : ExpertsInputs {
     }
   }
 
-  Tensor empty(std::initializer_list<int64_t> sizes) const {
-    return torch::stable::new_empty(x, std::vector<int64_t>(sizes), type);
-  }
+  Tensor empty(const std::vector<int64_t>& sizes) const { return torch::stable::new_empty(x, sizes, type); }
 
   void* keep(const Tensor& t) {
     scratch.push_back(t);
@@ -98,16 +96,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   check_shape(hidden, "hidden", {experts.pairs, a.width()});
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == experts.type, "hidden must come from moe_experts");
   const auto wanted = [&](int bit) { return (needed >> bit & 1) != 0; };
+  using Sizes = std::vector<int64_t>;
+  const auto sizes = [&](int bit, const Sizes& given) { return wanted(bit) ? given : Sizes{0}; };
   const auto like = [&](const Tensor& t, int bit) {
     return wanted(bit) ? torch::stable::empty_like(t) : torch::stable::new_empty(t, {0});
   };
   const Tensor grad_out = with_unit_columns(grad_out_);
-  Tensor grad_x = torch::stable::new_empty(x, {wanted(0) ? a.tokens : 0, a.outer});
-  const std::vector<int64_t> pairs(weights.sizes().begin(), weights.sizes().end());
-  Tensor grad_weights = torch::stable::new_empty(weights, wanted(1) ? pairs : std::vector<int64_t>{0}, experts.type);
+  Tensor grad_x = torch::stable::new_empty(x, sizes(0, {a.tokens, a.outer}));
+  const Sizes pairs(weights.sizes().begin(), weights.sizes().end());
+  Tensor grad_weights = torch::stable::new_empty(weights, sizes(1, pairs), experts.type);
   Tensor grad_w13 = like(w13, 2), grad_w2 = like(w2, 3);
-  Tensor grad_b13 = experts.empty({wanted(4) ? a.experts : 0, a.width()});
-  Tensor grad_b2 = experts.empty({wanted(5) ? a.experts : 0, a.outer});
+  Tensor grad_b13 = experts.empty(sizes(4, {a.experts, a.width()}));
+  Tensor grad_b2 = experts.empty(sizes(5, {a.experts, a.outer}));
   a.grad_out = rows(grad_out, "grad_out"), a.hidden = hidden.data_ptr();
   a.a = experts.keep(experts.empty({experts.pairs, a.inner}));
   a.grad_hidden = experts.keep(experts.empty({experts.pairs, a.width()}));
@@ -124,11 +124,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   a.f64 ? moe_experts_backward_launch<double>(a, kMaxBlocks, current_stream(x))
         : moe_experts_backward_launch<float>(a, kMaxBlocks, current_stream(x));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  const auto as = [](const Tensor& t, const OptionalTensor& like) {
-    return like ? contiguous_as(t, like->scalar_type()) : t;
+  const auto as = [&](const Tensor& t, const OptionalTensor& like) {
+    return contiguous_as(t, (like ? *like : x).scalar_type());
   };
-  return {grad_x,         contiguous_as(grad_weights, weights.scalar_type()), grad_w13, grad_w2, as(grad_b13, b13),
-          as(grad_b2, b2)};
+  return {grad_x, as(grad_weights, weights), grad_w13, grad_w2, as(grad_b13, b13), as(grad_b2, b2)};
 }
 
 }  // namespace

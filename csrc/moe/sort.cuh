@@ -113,8 +113,8 @@ sort_digits_kernel(const SortPass a) {
       if (digit >= 0 && before == 0) next[digit] += __popc(same);
       __syncwarp();  // the table is up to date
     }
+    // A lane reads what it writes next, so that no barrier is needed between parts.
     for (int d = lane; !kMove && d < bins; d += 32) a.counts[d * a.parts + part] = next[d];
-    __syncwarp();  // the table may be set up again
   }
 }
 

@@ -64,10 +64,12 @@ def pairs_by_expert(ids: Tensor, offsets: Tensor | None, experts: int, first: in
     return torch.arange(ids.numel(), device=ids.device), ids.long(), ends
 
 
-def _check_tokens(tokens: Tensor, count: int) -> None:
-    bad = (tokens < 0) | (tokens >= count)
+def check_values(x: Tensor, ids: Tensor, offsets: Tensor | None, experts: int, first: int) -> None:
+    """Raises where a pair is of no expert that there is, or of no token."""
+    tokens = pairs_by_expert(ids, offsets, experts, first)[1]
+    bad = (tokens < 0) | (tokens >= x.shape[0])
     if bad.any():
-        raise RuntimeError(f"moe_experts: tokens must be in [0, {count}), got {int(tokens[bad][0])}")
+        raise RuntimeError(f"moe_experts: tokens must be in [0, {x.shape[0]}), got {int(tokens[bad][0])}")
 
 
 def moe_experts(
@@ -91,8 +93,8 @@ def moe_experts(
 ) -> tuple[Tensor, Tensor]:
     """out (tokens, H), and what the backward pass needs: the hidden layer before its gate, one row for each pair."""
     acc, experts = accumulate_dtype(x), w13.shape[0]
+    check_values(x, ids, offsets, experts, first)
     pairs, tokens, ends = pairs_by_expert(ids, offsets, experts, first)
-    _check_tokens(tokens, x.shape[0])
     w = weights.reshape(-1)[pairs].to(acc)
     hidden = x.new_zeros((weights.numel() if save else 0, w13.shape[2 if transposed else 1]), dtype=acc)
     out = x.new_zeros(x.shape, dtype=acc)

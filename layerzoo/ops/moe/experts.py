@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from layerzoo import env
 from layerzoo.ops._checks import FLOATING, INTEGER, check_positive, check_rank, check_tensor
 from layerzoo.ops._define import define
 from layerzoo.reference import moe as reference
@@ -126,7 +127,8 @@ def moe_experts(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a combination that is not said
-            above. RuntimeError: an id out of range, on a CPU.
+            above.
+        RuntimeError: an id out of range (kernels on CUDA drop the pair: set LAYERZOO_CHECK=1).
     """
     op = "moe_experts"
     check_rank(op, "x", x, ("(tokens, H)",))
@@ -176,7 +178,7 @@ def moe_experts_ragged(
         x, w13, w2 and the rest: as in `moe_experts`. A token that nobody chose gets zeros.
 
     Raises:
-        As `moe_experts`; RuntimeError for tokens or offsets out of range, on a CPU.
+        As `moe_experts`; RuntimeError for tokens or offsets out of range too, in the same places.
     """
     op = "moe_experts_ragged"
     check_rank(op, "x", x, ("(tokens, H)",))
@@ -217,6 +219,8 @@ def _run(
         raise ValueError(f"{op}: alpha must be None unless activation is 'silu', got {alpha} with {activation!r}")
     if limit is not None and not limit > 0:
         raise ValueError(f"{op}: limit must be positive or None, got {limit}")
+    if x.is_cuda and env.check():
+        reference.check_values(x, ids, offsets, w13.shape[0], first)
     inputs = (x, ids, weights, offsets, _readable(w13), _readable(w2), b13, b2)
     trained = [t for i in _DIFFERENTIABLE if (t := inputs[i]) is not None]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in trained)
