@@ -1,8 +1,8 @@
 // The experts of a mixture on the device. After sorting (sort.cuh) the rows of an expert lie together, and each product
 // of rows with the matrices of their experts is done in tiles, which are numbered through all experts: a block finds
-// the expert of a tile by a search among the tiles before each (as in scattermoe; Tan et al., 2024).
+// the expert of a tile by a search among the tiles before each.
 //
-//   moe_up        the first matrix, rows of x picked as they are loaded, and the gate
+//   moe_up        the first matrix, rows of x picked as they are loaded (ScatterMoE; Tan et al., 2024), and the gate
 //   moe_product   the second
 //   moe_combine   the weighted sum of a token's rows, in the order of its pairs
 //
