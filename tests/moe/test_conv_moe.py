@@ -155,7 +155,7 @@ def test_weighted_sum_balance_and_experts_by_class() -> None:
             "ConvMoE: in_channels, out_channels and stride must be positive and kernel_size odd, go",
         ),
         (lambda: ConvMoE(4, kernel_size=2), "kernel_size odd, got 4, 4, 1 and 2"),
-        (lambda: ConvMoE(4, 2, 3), "top_k at most num_experts = 2, got 4, 3 and 1"),
+        (lambda: ConvMoE(4, 2, 3), "num_experts, got 4, 2, 3 and 1"),
         (
             lambda: ConvMoE(4)(torch.ones(2, 3, 5, 5)),
             "images must have shape (batch, in_channels = 4, height, width)",

@@ -41,7 +41,7 @@ class DEMix(nn.Module):
         self.hidden_size = hidden_size
         inner = 4 * hidden_size if intermediate_size is None else intermediate_size
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.experts = Experts(hidden_size, inner, num_domains, activation=activation, bias=bias, **like)
+        self.experts = Experts(hidden_size, inner, num_domains, gated=False, activation=activation, bias=bias, **like)
 
     @property
     def num_domains(self) -> int:
@@ -78,7 +78,7 @@ class DEMix(nn.Module):
         source = None if copy_from is None else self._known(copy_from)
         like: dict[str, Any] = {"device": self.experts.w13.device, "dtype": self.experts.w13.dtype}
         _, inner, hidden = self.experts.w13.shape
-        fresh = Experts(hidden, inner, 1, bias=self.experts.b13 is not None, **like)
+        fresh = Experts(hidden, inner, 1, gated=False, bias=self.experts.b13 is not None, **like)
         for name, old in list(self.experts.named_parameters()):
             new = getattr(fresh, name) if source is None else old[source : source + 1]
             setattr(self.experts, name, nn.Parameter(torch.cat([old, new]), old.requires_grad))

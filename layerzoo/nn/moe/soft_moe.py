@@ -47,7 +47,7 @@ class SoftMoE(nn.Module):
         self.hidden_size, self.slots_per_expert = hidden_size, slots_per_expert
         inner = 4 * hidden_size if intermediate_size is None else intermediate_size
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.experts = Experts(hidden_size, inner, num_experts, activation=activation, bias=bias, **like)
+        self.experts = Experts(hidden_size, inner, num_experts, gated=False, activation=activation, bias=bias, **like)
         self.phi = nn.Parameter(torch.empty(num_experts * slots_per_expert, hidden_size, **like))
         self.scale = nn.Parameter(torch.empty((), **like))
         self._reset_slots()

@@ -50,7 +50,7 @@ class TaskMoE(nn.Module):
         self.router = Router(
             hidden_size, num_experts, top_k, "noisy" if noisy else "topk_softmax", num_gates=num_tasks, **like
         )
-        self.experts = Experts(hidden_size, inner, num_experts, activation=activation, bias=bias, **like)
+        self.experts = Experts(hidden_size, inner, num_experts, gated=False, activation=activation, bias=bias, **like)
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew."""

@@ -66,7 +66,7 @@ class TimeSpaceMoE(nn.Module):
         self.hidden_size, self.text_size, self.threshold, self.noise = hidden_size, text_size, threshold, noise
         inner = 4 * hidden_size if intermediate_size is None else intermediate_size
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        options: dict[str, Any] = {"activation": activation, "bias": bias}
+        options: dict[str, Any] = {"activation": activation, "gated": False, "bias": bias}
         self.space_experts = Experts(hidden_size, inner, space_experts, **options, **like)
         self.time_experts = Experts(hidden_size, inner, time_experts, **options, **like)
         self.space_gate = nn.Linear(text_size, space_experts, **like)
