@@ -3,7 +3,6 @@
 from layerzoo import _native
 from layerzoo.ops.linear import skinny_linear
 from layerzoo.ops.moe import (
-    RouteStats,
     balanced_assignment,
     expert_choice,
     moe_experts,
@@ -27,7 +26,6 @@ from layerzoo.ops.ssm import (
 _native.status()  # loads the kernels, or says under LAYERZOO_NATIVE=require why it cannot
 
 __all__ = [
-    "RouteStats",
     "balanced_assignment",
     "causal_conv1d",
     "causal_conv1d_update",

@@ -15,7 +15,8 @@ from ssm.oracle import TOLERANCE, array, assert_close
 from torch import Tensor
 
 from layerzoo import _native
-from layerzoo.ops import RouteStats, moe_experts, moe_route
+from layerzoo.ops import moe_experts, moe_route
+from layerzoo.ops.moe import RouteStats
 
 Array = NDArray[Any]
 SCORES = ("softmax", "sigmoid", "topk_softmax")
