@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ssm.inputs import LAYOUTS, lay_out
 from ssm.oracle import TOLERANCE, array, assert_close
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from layerzoo import _native
 from layerzoo.ops import moe_experts, moe_route
@@ -407,10 +408,11 @@ def both(logits: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.slow
-def test_compile_without_graph_breaks() -> None:
+def test_compile_without_graph_breaks_and_with_two_graphs_for_all_sizes_and_capacities() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    for tokens in (9, 17, 5):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, fullgraph=True, backend=counter)
+    for tokens in (9, 17, 5, 40):
         inputs = [torch.randn(tokens, 6, requires_grad=True) for _ in range(2)]
         want, got = both(*inputs), compiled(*inputs)
         for one, two in zip(got, want, strict=True):
@@ -421,6 +423,7 @@ def test_compile_without_graph_breaks() -> None:
         ]
         for one, two in zip(*grads, strict=True):
             assert torch.equal(one, two)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.native
