@@ -217,7 +217,7 @@ def _kept(ids: Tensor, weights: Tensor, counts: Tensor, capacity: int, by_weight
     first = counts.cumsum(0) - counts
     rank = torch.empty_like(order)
     rank[order] = torch.arange(flat.numel(), device=ids.device) - first[flat[order]]
-    return (rank < capacity).view(ids.shape[1], ids.shape[0]).mT
+    return (rank < capacity).view(ids.shape[1], ids.shape[0]).mT.contiguous()
 
 
 def moe_route(

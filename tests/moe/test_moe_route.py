@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ssm.inputs import LAYOUTS, lay_out
 from ssm.oracle import TOLERANCE, array, assert_close
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from layerzoo import _native
 from layerzoo.ops import moe_experts, moe_route
@@ -213,7 +214,7 @@ def test_any_sizes_types_layouts_and_options(given: tuple[dict[str, Any], int, d
 @pytest.mark.parametrize("top_k", [64, 65, 130])  # kept sorted while they are found, or sorted at once
 def test_many_experts_for_a_token(top_k: int, score: str) -> None:
     given = arguments(40, 131, dtype=torch.float64)
-    got = as_dict(*moe_route(**given, top_k=top_k, score=score, normalize=True))  # type: ignore[arg-type]
+    got = as_dict(*moe_route(**given, top_k=top_k, score=score, normalize=True))
     want = oracle(array(given["logits"]), top_k, score=score, normalize=True)
     assert np.array_equal(got["ids"].numpy(), want["ids"])
     for name in SMOOTH:
@@ -226,7 +227,7 @@ def test_gradcheck(score: str, options: dict[str, Any]) -> None:
     given = arguments(4, 6, dtype=torch.float64, noise=True)
 
     def smooth(logits: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        got = as_dict(*moe_route(logits, 2, noise=noise, score=score, **options))  # type: ignore[arg-type]
+        got = as_dict(*moe_route(logits, 2, noise=noise, score=score, **options))
         return tuple(got[name] for name in SMOOTH)
 
     assert torch.autograd.gradcheck(smooth, (given["logits"].requires_grad_(), given["noise"].requires_grad_()))
@@ -302,7 +303,7 @@ def test_ties_go_to_the_lowest_id(score: str, top_k: int, dtype: torch.dtype) ->
     logits = torch.zeros(3, 97, dtype=dtype)
     logits[1, ::2] = -0.0
     logits[2, 50:] = 1
-    ids = moe_route(logits, top_k, score=score)[1]  # type: ignore[arg-type]
+    ids = moe_route(logits, top_k, score=score)[1]
     assert torch.equal(ids[:2], torch.arange(top_k).expand(2, -1))
     assert torch.equal(ids[2], torch.cat([torch.arange(50, 97), torch.arange(50)])[:top_k])
 
@@ -325,10 +326,10 @@ def test_a_masked_group_is_never_chosen() -> None:
 )
 def test_nan_stays_in_its_row(score: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     logits = torch.randn(6, 12).to(dtype)
-    want = moe_route(logits, 4, score=score, **options)  # type: ignore[arg-type]
+    want = moe_route(logits, 4, score=score, **options)
     bad = logits.clone()
     bad[2, 3], bad[4] = torch.nan, torch.nan
-    weights, ids, stats = moe_route(bad, 4, score=score, **options)  # type: ignore[arg-type]
+    weights, ids, stats = moe_route(bad, 4, score=score, **options)
     assert all(len(set(row)) == 4 and set(row) <= set(range(12)) for row in ids.tolist())
     assert torch.equal(weights.isnan(), torch.tensor([0, 0, 1, 0, 1, 0]).bool()[:, None].expand(6, 4))
     others = [0, 1, 3, 5]
@@ -356,8 +357,8 @@ def test_gradients_of_other_rows_survive_nan() -> None:
 def test_minus_infinity_masks_an_expert(score: str) -> None:
     logits = torch.randn(4, 6, dtype=torch.float64)
     masked = torch.cat([logits, torch.full((4, 2), -torch.inf, dtype=torch.float64)], dim=1).requires_grad_()
-    got = as_dict(*moe_route(masked, 2, score=score))  # type: ignore[arg-type]
-    want = as_dict(*moe_route(logits, 2, score=score))  # type: ignore[arg-type]
+    got = as_dict(*moe_route(masked, 2, score=score))
+    want = as_dict(*moe_route(logits, 2, score=score))
     for name in ("weights", "z_loss", "entropy"):
         assert_close(name, got[name], want[name], 1e-12)
     (grad,) = torch.autograd.grad(sum(got[name].sum() for name in SMOOTH), masked)
@@ -383,7 +384,7 @@ def test_large_logits(dtype: torch.dtype) -> None:
 
 
 def op_arguments(score: int, capacity: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    logits, noise = (torch.randn(5, 6).to(dtype).requires_grad_() for _ in range(2))
+    logits, noise = (torch.randn(6, 5).to(dtype).mT.requires_grad_() for _ in range(2))
     return logits, torch.randn(6), noise, 2, score, 2, 1, True, True, 1.5, capacity, False
 
 
@@ -407,10 +408,11 @@ def both(logits: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.slow
-def test_compile_without_graph_breaks() -> None:
+def test_compile_without_graph_breaks_and_with_two_graphs_for_all_sizes_and_capacities() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    for tokens in (9, 17, 5):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, fullgraph=True, backend=counter)
+    for tokens in (9, 17, 5, 40):
         inputs = [torch.randn(tokens, 6, requires_grad=True) for _ in range(2)]
         want, got = both(*inputs), compiled(*inputs)
         for one, two in zip(got, want, strict=True):
@@ -421,6 +423,7 @@ def test_compile_without_graph_breaks() -> None:
         ]
         for one, two in zip(*grads, strict=True):
             assert torch.equal(one, two)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.native
@@ -430,7 +433,7 @@ def test_same_bits_for_any_number_of_threads(threads: Callable[[int], None], dro
     results = []
     for count in (1, 2, 3):
         threads(count)
-        got = as_dict(*moe_route(logits, 5, capacity=40, drop=drop))  # type: ignore[arg-type]
+        got = as_dict(*moe_route(logits, 5, capacity=40, drop=drop))
         (grad,) = torch.autograd.grad(sum(got[name].square().sum() for name in SMOOTH), logits)
         results.append([*got.values(), grad])
     for other in results[1:]:

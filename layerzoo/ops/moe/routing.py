@@ -100,7 +100,7 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 _route = define(
     "moe_route(Tensor logits, Tensor? bias, Tensor? noise, int top_k, int score, int n_group, int topk_group, "
-    "bool top2, bool normalize, float scale, int capacity, bool by_weight)"
+    "bool top2, bool normalize, float scale, SymInt capacity, bool by_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.moe_route,
     fake=_fake,
