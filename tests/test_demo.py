@@ -35,8 +35,14 @@ def test_the_quick_demo_learns_accelerates_and_writes_a_page(tmp_path, capsys):
     assert 0 < float(real.removeprefix("held-out digits: ")) < float(made) < 0.6 * float(noise)
     assert float(table["largest difference of logits"][1]) < 1e-4
     assert re.fullmatch(r"[0-9.]+x", table["prefill of 32 tokens"][2])
-    assert page.count("<svg") == page.count("</svg>") == 5
-    for words in ("training batch", "% of the host", "real, held-out", "data:image/png;base64"):  # in the plots
+    assert page.count("<svg") == page.count("</svg>") == 6
+    for words in (
+        "training batch",
+        "% of the host",
+        "real, held-out",
+        "experts in use",
+        "data:image/png;base64",
+    ):  # in the plots
         assert words in page
     assert "<pre>The " in page
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page.replace('xlink:href="#', ""))

@@ -17,7 +17,7 @@ except ImportError as error:
 PARTS: dict[str, Part] = {
     "A language model from layerzoo.nn.Mamba": write_text,
     "transformers' Mamba, before and after layerzoo.accelerate": accelerate_transformers,
-    "A vision transformer of timm with layerzoo.nn.VisionMamba for its attention": classify_digits,
+    "A vision transformer of timm with layerzoo.nn.VisionMamba for attention and SparseMoE for MLPs": classify_digits,
     "A UNet of diffusers with layerzoo.nn.UShapeMamba in its middle": denoise_digits,
 }
 

@@ -1,4 +1,4 @@
-"""A classifier of timm whose attention is layerzoo.nn.VisionMamba learns the digits."""
+"""A classifier of timm with layerzoo.nn.VisionMamba for attention and SparseMoE for its MLPs learns the digits."""
 
 import torch
 from rich.progress import Progress
@@ -6,12 +6,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerzoo import swap
+from layerzoo.bench.plots import svg
 from layerzoo.demo.digits import digits
 from layerzoo.demo.report import Section
 from layerzoo.demo.training import Batch, train
 from layerzoo.hosts.timm import TokenMixer
+from layerzoo.nn.moe import RouterStats
 
-WIDTH = 48
+WIDTH, EXPERTS, CHOSEN = 48, 8, 2
 
 
 def classify_digits(quick: bool, progress: Progress) -> Section:
@@ -34,6 +36,9 @@ def classify_digits(quick: bool, progress: Progress) -> Section:
     )
     prefix = model.num_prefix_tokens
     swap(model, "blocks.*.attn", TokenMixer, mixer="ssm/vision_mamba", prefix_tokens=prefix, d_model=WIDTH)
+    experts = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_experts": EXPERTS, "top_k": CHOSEN}
+    swap(model, "blocks.*.mlp", "moe/sparse_moe", **experts)
+    stats = RouterStats(model)
 
     def draw() -> Batch:
         chosen = torch.randint(len(images), (64,), generator=generator)
@@ -41,24 +46,27 @@ def classify_digits(quick: bool, progress: Progress) -> Section:
 
     def measure(images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(images)
-        return F.cross_entropy(logits, answers), (logits.argmax(1) == answers).float().mean()
+        loss = F.cross_entropy(logits, answers) + stats.loss(balance=0.01)
+        return loss, (logits.argmax(1) == answers).float().mean()
 
-    row, plot = train(
-        model,
-        measure,
-        draw,
-        held_out,
-        progress,
-        what="right answers",
-        form=".1%",
-        goal=goal,
-        steps=steps,
-        rate=5e-3,
-    )
+    with stats:
+        row, plot = train(
+            model,
+            measure,
+            draw,
+            held_out,
+            progress,
+            what="right answers",
+            form=".1%",
+            goal=goal,
+            steps=steps,
+            rate=5e-3,
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     words = (
         f"timm's VisionTransformer ({depth} blocks of width {WIDTH}, {parameters / 1e3:.0f} thousand parameters), its "
-        f"attention replaced by layerzoo.swap, learns {len(images)} of scikit-learn's digits, images of 8 x 8 pixels, "
-        f"and names the other {len(held_out[0])}. At least {goal:.0%} of these answers have to be right."
+        f"attention and MLPs replaced by layerzoo.swap, learns {len(images)} of scikit-learn's digits, images of 8 x 8 "
+        f"pixels, and names the other {len(held_out[0])}. At least {goal:.0%} of these answers have to be right. Of "
+        f"{EXPERTS} experts in a block each patch meets {CHOSEN}; the second plot is what RouterStats saw of that."
     )
-    return Section(words, [row], [plot])
+    return Section(words, [row], [plot, svg(stats.figure(), "experts")])

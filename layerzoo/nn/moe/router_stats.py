@@ -109,15 +109,20 @@ class RouterStats:
             load = self.load(name)
             experts = load.shape[1]
             image = left.imshow(
-                (load * experts).T, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest", vmin=0
+                (load * experts).T.numpy(),
+                aspect="auto",
+                origin="lower",
+                cmap="viridis",
+                interpolation="nearest",
+                vmin=0,
             )
             figure.colorbar(image, ax=left, label="load over even load")
             left.set(title=name or "(model)", xlabel="call", ylabel="expert")
-            right.plot(self.entropy(name).exp(), label="experts in use (exp of entropy)")
+            right.plot(self.entropy(name).exp().numpy(), label="experts in use (exp of entropy)")
             right.axhline(experts, color="grey", linewidth=0.8, linestyle=":")
             right.set(xlabel="call", ylabel="experts", ylim=(0, experts * 1.05))
             drops = right.twinx()
-            drops.plot(100 * self.dropped(name), color="tab:red", label="dropped")
+            drops.plot(100 * self.dropped(name).numpy(), color="tab:red", label="dropped")
             drops.set(ylabel="dropped, %", ylim=(0, 100))
             lines = [*right.get_lines()[:1], *drops.get_lines()]
             right.legend(lines, [str(line.get_label()) for line in lines], fontsize="small", loc="lower left")
