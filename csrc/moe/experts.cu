@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> moe_experts(const Tensor& x, const Tensor& ids, const
 
 // Bits of `needed`: x, weights, w13, w2, b13, b2.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
-    const Tensor& grad_out_, const Tensor& x, const Tensor& ids, const Tensor& weights, const OptionalTensor& offsets,
+    const Tensor& grad_out, const Tensor& x, const Tensor& ids, const Tensor& weights, const OptionalTensor& offsets,
     const Tensor& w13, const Tensor& w2, const OptionalTensor& b13, const OptionalTensor& b2, int64_t activation,
     bool gated, bool transposed, bool interleaved, double alpha, double shift, double limit, int64_t first,
     const Tensor& hidden, int64_t needed) {
@@ -91,43 +91,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   CudaExperts experts(x, ids, weights, offsets, w13, w2, b13, b2, activation, gated, transposed, interleaved, alpha,
                       shift, limit, first);
   CudaExpertsArgs& a = experts.a;
-  check_device("moe_experts", x, grad_out_, hidden);
-  check_shape(grad_out_, "grad_out", {a.tokens, a.outer});
-  check_shape(hidden, "hidden", {experts.pairs, a.width()});
-  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == experts.type, "hidden must come from moe_experts");
-  const auto wanted = [&](int bit) { return (needed >> bit & 1) != 0; };
-  using Sizes = std::vector<int64_t>;
-  const auto sizes = [&](int bit, const Sizes& given) { return wanted(bit) ? given : Sizes{0}; };
-  const auto like = [&](const Tensor& t, int bit) {
-    return wanted(bit) ? torch::stable::empty_like(t) : torch::stable::new_empty(t, {0});
-  };
-  const Tensor grad_out = with_unit_columns(grad_out_);
-  Tensor grad_x = torch::stable::new_empty(x, sizes(0, {a.tokens, a.outer}));
-  const Sizes pairs(weights.sizes().begin(), weights.sizes().end());
-  Tensor grad_weights = torch::stable::new_empty(weights, sizes(1, pairs), experts.type);
-  Tensor grad_w13 = like(w13, 2), grad_w2 = like(w2, 3);
-  Tensor grad_b13 = experts.empty(sizes(4, {a.experts, a.width()}));
-  Tensor grad_b2 = experts.empty(sizes(5, {a.experts, a.outer}));
-  a.grad_out = rows(grad_out, "grad_out"), a.hidden = hidden.data_ptr();
+  check_device("moe_experts", x, grad_out, hidden);
+  const ExpertsGradients grads(experts, a, needed, grad_out, hidden, weights, w13, w2, transposed);
   a.a = experts.keep(experts.empty({experts.pairs, a.inner}));
   a.grad_hidden = experts.keep(experts.empty({experts.pairs, a.width()}));
   a.parts = experts.keep(experts.empty({experts.pairs, moe_tiles(a.inner)}));
-  if (wanted(0)) {
-    a.y = experts.keep(experts.empty({experts.pairs, a.outer}));
-    a.out = grad_x.data_ptr(), a.out_dtype = dtype_of(x, "x");
-  }
-  if (wanted(1)) a.grad_weights = grad_weights.data_ptr();
-  if (wanted(2)) a.grad_w13 = matrices(grad_w13, "w13", transposed);
-  if (wanted(3)) a.grad_w2 = matrices(grad_w2, "w2", transposed);
-  if (wanted(4)) a.grad_b13 = grad_b13.data_ptr();
-  if (wanted(5)) a.grad_b2 = grad_b2.data_ptr();
+  if (grads.wanted(0)) a.y = experts.keep(experts.empty({experts.pairs, a.outer}));
   a.f64 ? moe_experts_backward_launch<double>(a, kMaxBlocks, current_stream(x))
         : moe_experts_backward_launch<float>(a, kMaxBlocks, current_stream(x));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  const auto as = [&](const Tensor& t, const OptionalTensor& like) {
-    return contiguous_as(t, (like ? *like : x).scalar_type());
-  };
-  return {grad_x, as(grad_weights, weights), grad_w13, grad_w2, as(grad_b13, b13), as(grad_b2, b2)};
+  return grads.results(weights, b13, b2);
 }
 
 }  // namespace

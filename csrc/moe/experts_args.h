@@ -1,6 +1,9 @@
 // The arguments that both passes of moe_experts share, checked, on any device.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
 #include <vector>
 
 #include "../common/checks.h"
@@ -66,6 +69,54 @@ struct ExpertsInputs {
                     "moe_experts: float64 needs x, w13 and w2 all in float64");
     a.b13 = data_or_null(b13), a.b2 = data_or_null(b2), a.weights = weights.data_ptr();
     return a;
+  }
+};
+
+// What the backward pass returns. Bits of `needed`: x, weights, w13, w2, b13, b2; the others are empty.
+struct ExpertsGradients {
+  using Sizes = std::vector<int64_t>;
+
+  int64_t needed;
+  Tensor grad_out, x, weights, w13, w2, b13, b2;
+
+  // Points `a` at what is needed, at `grad_out_` and at `hidden`; all of these have to outlive it.
+  ExpertsGradients(const ExpertsInputs& in, ExpertsGradArgs& a, int64_t needed_, const Tensor& grad_out_,
+                   const Tensor& hidden, const Tensor& weights_, const Tensor& w13_, const Tensor& w2_, bool transposed)
+      : needed(needed_),
+        grad_out(grad_out_.dim() == 2 ? with_unit_columns(grad_out_) : grad_out_),
+        x(torch::stable::new_empty(in.x, sizes(0, {a.tokens, a.outer}))),
+        weights(
+            torch::stable::new_empty(in.x, sizes(1, Sizes(weights_.sizes().begin(), weights_.sizes().end())), in.type)),
+        w13(like(w13_, 2)),
+        w2(like(w2_, 3)),
+        b13(torch::stable::new_empty(in.x, sizes(4, {a.experts, a.width()}), in.type)),
+        b2(torch::stable::new_empty(in.x, sizes(5, {a.experts, a.outer}), in.type)) {
+    check_shape(grad_out, "grad_out", {a.tokens, a.outer});
+    check_shape(hidden, "hidden", {in.pairs, a.width()});
+    STD_TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == in.type, "hidden must come from moe_experts");
+    a.grad_out = rows(grad_out, "grad_out"), a.hidden = hidden.data_ptr();
+    if (wanted(0)) a.out = x.data_ptr(), a.out_dtype = dtype_of(x, "x");
+    if (wanted(1)) a.grad_weights = weights.data_ptr();
+    if (wanted(2)) a.grad_w13 = matrices(w13, "w13", transposed);
+    if (wanted(3)) a.grad_w2 = matrices(w2, "w2", transposed);
+    if (wanted(4)) a.grad_b13 = b13.data_ptr();
+    if (wanted(5)) a.grad_b2 = b2.data_ptr();
+  }
+
+  bool wanted(int bit) const { return (needed >> bit & 1) != 0; }
+
+  // Each in the type of what it is the gradient of.
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results(const Tensor& weights_, const OptionalTensor& b13_,
+                                                                     const OptionalTensor& b2_) const {
+    return {
+        x,  contiguous_as(weights, weights_.scalar_type()),       w13,
+        w2, contiguous_as(b13, (b13_ ? *b13_ : x).scalar_type()), contiguous_as(b2, (b2_ ? *b2_ : x).scalar_type())};
+  }
+
+ private:
+  Sizes sizes(int bit, const Sizes& given) const { return wanted(bit) ? given : Sizes{0}; }
+  Tensor like(const Tensor& t, int bit) const {
+    return wanted(bit) ? torch::stable::empty_like(t) : torch::stable::new_empty(t, {0});
   }
 };
 

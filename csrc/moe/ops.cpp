@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> moe_experts(const Tensor& x, const Tensor& ids, const
 
 // Bits of `needed`: x, weights, w13, w2, b13, b2.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
-    const Tensor& grad_out_, const Tensor& x, const Tensor& ids, const Tensor& weights, const OptionalTensor& offsets,
+    const Tensor& grad_out, const Tensor& x, const Tensor& ids, const Tensor& weights, const OptionalTensor& offsets,
     const Tensor& w13, const Tensor& w2, const OptionalTensor& b13, const OptionalTensor& b2, int64_t activation,
     bool gated, bool transposed, bool interleaved, double alpha, double shift, double limit, int64_t first,
     const Tensor& hidden, int64_t needed) {
@@ -82,38 +82,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   const Experts experts(x, ids, weights, offsets, w13, b13, b2, first);
   auto a = experts.arguments<ExpertsGradArgs>(experts.sorted, w13, w2, activation, gated, transposed, interleaved,
                                               alpha, shift, limit);
-  check_shape(grad_out_, "grad_out", {a.tokens, a.outer});
-  check_shape(hidden, "hidden", {experts.pairs, a.width()});
-  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == experts.type, "hidden must come from moe_experts");
-  const auto wanted = [&](int bit) { return (needed >> bit & 1) != 0; };
-  const Tensor grad_out = with_unit_columns(grad_out_);
-  using Sizes = std::vector<int64_t>;
-  const auto sizes = [&](int bit, const Sizes& given) { return wanted(bit) ? given : Sizes{0}; };
-  Tensor grad_x = torch::stable::new_empty(x, sizes(0, {a.tokens, a.outer}));
-  const Sizes pairs(weights.sizes().begin(), weights.sizes().end());
-  Tensor grad_weights = torch::stable::new_empty(weights, sizes(1, pairs), experts.type);
-  torch::stable::fill_(grad_weights, 0);  // of what is dropped
-  const auto like = [&](const Tensor& t, int bit) {
-    return wanted(bit) ? in_large_pages(torch::stable::empty_like(t)) : torch::stable::new_empty(t, {0});
-  };
-  Tensor grad_w13 = like(w13, 2), grad_w2 = like(w2, 3);
-  Tensor grad_b13 = experts.empty(sizes(4, {a.experts, a.width()}));
-  Tensor grad_b2 = experts.empty(sizes(5, {a.experts, a.outer}));
+  const ExpertsGradients grads(experts, a, needed, grad_out, hidden, weights, w13, w2, transposed);
+  for (const Tensor& t : {grads.w13, grads.w2}) in_large_pages(t);
+  torch::stable::fill_(Tensor(grads.weights), 0);  // of what is dropped
   Tensor inner = experts.empty({a.rows, a.inner}), grad_hidden = experts.empty({a.rows, a.width()});
-  Tensor parts = experts.empty({a.rows, a.inner_tasks()}), y = experts.empty({wanted(0) ? a.rows : 0, a.outer});
-  a.grad_out = rows(grad_out, "grad_out"), a.hidden = hidden.data_ptr(), a.a = inner.data_ptr();
-  a.grad_hidden = grad_hidden.data_ptr(), a.parts = parts.data_ptr();
-  if (wanted(2)) a.grad_w13 = matrices(grad_w13, "w13", transposed);
-  if (wanted(3)) a.grad_w2 = matrices(grad_w2, "w2", transposed);
-  if (wanted(4)) a.grad_b13 = grad_b13.data_ptr();
-  if (wanted(5)) a.grad_b2 = grad_b2.data_ptr();
-  if (wanted(1)) a.grad_weights = grad_weights.data_ptr();
+  Tensor parts = experts.empty({a.rows, a.inner_tasks()}), y = experts.empty({grads.wanted(0) ? a.rows : 0, a.outer});
+  a.a = inner.data_ptr(), a.grad_hidden = grad_hidden.data_ptr(), a.parts = parts.data_ptr(), a.y = y.data_ptr();
   const MoeKernels& k = kernels().moe;
   const int64_t scratch = k.experts_backward_scratch(a), size = w13.element_size();
   parallel_with_scratch(a.active * a.inner_tasks(), work(a, kMoeInner, a.outer, size), scratch,
                         [&](void* own, int64_t begin, int64_t end) { k.experts_grad_hidden(a, own, begin, end); });
-  if (wanted(0)) {
-    a.y = y.data_ptr(), a.out = grad_x.data_ptr(), a.out_dtype = dtype_of(x, "x");
+  if (grads.wanted(0)) {
     parallel_with_scratch(a.active * a.outer_tasks(), work(a, kMoeOuter, a.width(), size), scratch,
                           [&](void* own, int64_t begin, int64_t end) { k.experts_grad_x(a, own, begin, end); });
     ExpertsArgs sum = a;
@@ -121,19 +100,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
     parallel(a.tokens, combine_work(a, a.outer),
              [&](int64_t, int64_t begin, int64_t end) { k.experts_combine(sum, begin, end); });
   }
-  if (wanted(2))
+  if (grads.wanted(2))
     parallel_with_scratch(a.w13_tasks(), work(a, kMoeGradient, a.outer, size), scratch,
                           [&](void* own, int64_t begin, int64_t end) { k.experts_grad_w13(a, own, begin, end); });
-  if (wanted(3))
+  if (grads.wanted(3))
     parallel_with_scratch(a.w2_tasks(), work(a, kMoeGradient, a.inner, size), scratch,
                           [&](void* own, int64_t begin, int64_t end) { k.experts_grad_w2(a, own, begin, end); });
-  if (wanted(1) || wanted(4) || wanted(5))
+  if (grads.wanted(1) || grads.wanted(4) || grads.wanted(5))
     parallel(a.experts, work(a, 1, a.width() + a.outer, 4),
              [&](int64_t, int64_t begin, int64_t end) { k.experts_grad_small(a, begin, end); });
-  const auto as = [&](const Tensor& t, const OptionalTensor& like) {
-    return contiguous_as(t, (like ? *like : x).scalar_type());
-  };
-  return {grad_x, as(grad_weights, weights), grad_w13, grad_w2, as(grad_b13, b13), as(grad_b2, b2)};
+  return grads.results(weights, b13, b2);
 }
 
 }  // namespace
