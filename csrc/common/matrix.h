@@ -5,6 +5,44 @@
 
 namespace layerzoo::LZ_ISA {
 
+// Calls f(first, integral_constant<R>) over the rows [begin, end) in blocks of six, and of four where fewer are left.
+template <class F>
+__attribute__((always_inline)) inline void for_each_block(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; end - i > 8 || end - i == 6; i += 6) f(i, std::integral_constant<int, 6>{});
+  for (; end - i >= 4; i += 4) f(i, std::integral_constant<int, 4>{});
+  for (; end - i >= 2; i += 2) f(i, std::integral_constant<int, 2>{});
+  for (; i < end; ++i) f(i, std::integral_constant<int, 1>{});
+}
+
+// ---- one row ----
+
+// The first `count` elements; zero beyond.
+template <class S, class T>
+inline Vec<S> load_some(const T* p, int64_t count) {
+  S s[kLanes<S>] = {};
+  for (int64_t i = 0; i < count; ++i) s[i] = to<S>(p[i]);
+  return load<S>(s);
+}
+
+template <class S, class T>
+inline void widen(const T* p, int64_t count, S* out) {
+  constexpr int W = kLanes<S>;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store<S>(out + i, load_as<S>(p + i));
+  for (; i < count; ++i) out[i] = to<S>(p[i]);
+}
+
+template <class S, class T>
+inline void narrow(const S* p, int64_t count, T* out) {
+  constexpr int W = kLanes<S>;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store_as<S>(out + i, load<S>(p + i));
+  for (; i < count; ++i) out[i] = from<T>(p[i]);
+}
+
+// ---- any strides ----
+
 template <class S, class T>
 inline void load_matrix_as(const T* p, int64_t row, int64_t col, int rows, int cols, S* out, int64_t pitch) {
   constexpr int W = kLanes<S>;

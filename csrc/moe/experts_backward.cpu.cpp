@@ -90,7 +90,7 @@ int64_t gradient_rows(const Dispatch& d) {
 
 template <class S>
 int64_t gradient_scratch(const Dispatch& d) {
-  return d.largest * (gradient_rows(d) + kStrip<S>)+kPanel<S>;
+  return d.largest * (gradient_rows(d) + kStrip<S>)+kPanelColumns<S>;
 }
 
 // Columns [begin, begin + columns) of rows, kStep of them in each of the panels [row][kStep], zero beyond.
@@ -112,7 +112,7 @@ void pack_strips(const Rows& x, int64_t first, int64_t count, int64_t begin, int
 template <class S, class T>
 void outer_products(const ExpertsGradArgs& a, const Task& t, const Rows& left, const Rows& right, int64_t columns,
                     T* grad, int64_t stride, S* scratch) {
-  constexpr int V = kPanel<S>;
+  constexpr int V = kPanelColumns<S>;
   if (t.count == 0) {
     for (int64_t r = t.begin; r < t.end; ++r)
       std::memset(static_cast<void*>(grad + r * stride), 0, columns * sizeof(T));

@@ -5,14 +5,14 @@
 
 #include <algorithm>
 
-#include "../common/vec.h"
+#include "../common/matrix.h"
 #include "kernels.h"
 
 namespace layerzoo::LZ_ISA {
 
 constexpr int kPanelRows = 4;  // rows of x that meet a row of the matrix at once
 template <class S>
-constexpr int64_t kPanel = 2 * kLanes<S>;  // columns of a matrix that meet rows of x at once
+constexpr int64_t kPanelColumns = 2 * kLanes<S>;  // columns of a matrix that meet rows of x at once
 
 // Rows of x that are kept at hand together: in the second-level cache, and in whole panels and blocks.
 inline int64_t block_rows(int64_t length) {
@@ -25,30 +25,6 @@ inline int64_t block_rows(int64_t length) {
 template <class S>
 int64_t pitch_of(int64_t length) {
   return (length + kLanes<S> - 1) / kLanes<S> * kLanes<S> + kLanes<S>;
-}
-
-// The first `count` elements; zero beyond.
-template <class S, class T>
-inline Vec<S> load_some(const T* p, int64_t count) {
-  S s[kLanes<S>] = {};
-  for (int64_t i = 0; i < count; ++i) s[i] = to<S>(p[i]);
-  return load<S>(s);
-}
-
-template <class S, class T>
-inline void widen(const T* p, int64_t count, S* out) {
-  constexpr int W = kLanes<S>;
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store<S>(out + i, load_as<S>(p + i));
-  for (; i < count; ++i) out[i] = to<S>(p[i]);
-}
-
-template <class S, class T>
-inline void narrow(const S* p, int64_t count, T* out) {
-  constexpr int W = kLanes<S>;
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store_as<S>(out + i, load<S>(p + i));
-  for (; i < count; ++i) out[i] = from<T>(p[i]);
 }
 
 template <class S>
@@ -70,7 +46,7 @@ __attribute__((always_inline)) inline Vec<S> sums_of_lanes(Vec<S> (&v)[kLanes<S>
 // Rows of a matrix that come next: the processor's own guess ends with the page. Asked for in the second-level cache:
 // rows of a power of two would push each other out of the first.
 template <class T>
-struct Soon {
+struct NextRows {
   const T* rows;
   int64_t stride;
 
@@ -83,7 +59,7 @@ struct Soon {
 
 // y[m * pitch + r] = the dot product of row r of the matrix and row m of a panel [length / lanes][M][lanes].
 template <class S, class T, class U, int M, int R>
-void dots(const S* x, const T* w, int64_t stride, int64_t length, Soon<U> soon, S* y, int64_t pitch) {
+void dots(const S* x, const T* w, int64_t stride, int64_t length, NextRows<U> next, S* y, int64_t pitch) {
   constexpr int W = kLanes<S>;
   Vec<S> sum[M * R];
 #pragma GCC unroll 16
@@ -91,7 +67,7 @@ void dots(const S* x, const T* w, int64_t stride, int64_t length, Soon<U> soon, 
   const int64_t whole = length / W;
   for (int64_t v = 0; v < whole; ++v, x += M * W) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) soon.template fetch<W>(r, v);
+    for (int r = 0; r < R; ++r) next.template fetch<W>(r, v);
     Vec<S> row[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) row[r] = load_as<S>(w + r * stride + v * W);
@@ -119,18 +95,18 @@ void dots(const S* x, const T* w, int64_t stride, int64_t length, Soon<U> soon, 
 }
 
 template <class S, class T, class U, int R>
-inline void dots(int m, const S* x, const T* w, int64_t stride, int64_t length, Soon<U> soon, S* y, int64_t pitch) {
+inline void dots(int m, const S* x, const T* w, int64_t stride, int64_t length, NextRows<U> next, S* y, int64_t pitch) {
   switch (m) {
     case 1:
-      return dots<S, T, U, 1, R>(x, w, stride, length, soon, y, pitch);
+      return dots<S, T, U, 1, R>(x, w, stride, length, next, y, pitch);
     case 2:
-      if constexpr (R <= 4) return dots<S, T, U, 2, R>(x, w, stride, length, soon, y, pitch);
+      if constexpr (R <= 4) return dots<S, T, U, 2, R>(x, w, stride, length, next, y, pitch);
       break;
     case 3:
-      if constexpr (R <= 3) return dots<S, T, U, 3, R>(x, w, stride, length, soon, y, pitch);
+      if constexpr (R <= 3) return dots<S, T, U, 3, R>(x, w, stride, length, next, y, pitch);
       break;
     default:
-      if constexpr (R <= 3) return dots<S, T, U, kPanelRows, R>(x, w, stride, length, soon, y, pitch);
+      if constexpr (R <= 3) return dots<S, T, U, kPanelRows, R>(x, w, stride, length, next, y, pitch);
   }
 }
 
@@ -165,12 +141,12 @@ void multiply_rows(const S* panels, int64_t count, const T* w, int64_t stride, i
   const auto some = [&](int64_t r, auto count_of_rows) {
     constexpr int R = count_of_rows();
     const T* p = w + r * stride;
-    const Soon<T> soon{p + R * stride, stride};
+    const NextRows<T> next{p + R * stride, stride};
     const auto all = [&](const auto* from, int64_t from_stride) {
       for (int64_t i = 0; i < count; i += kPanelRows)
         dots<S, std::decay_t<decltype(*from)>, T, R>(static_cast<int>(std::min<int64_t>(count - i, kPanelRows)),
                                                      panels + i / kPanelRows * panel_size<S>(length), from, from_stride,
-                                                     length, soon, y + i * pitch + r, pitch);
+                                                     length, next, y + i * pitch + r, pitch);
     };
     if (count <= kCopy) return all(p, stride);
     for (int i = 0; i < R; ++i) widen<S>(p + i * stride, length, wide + i * apart);
@@ -193,7 +169,7 @@ __attribute__((always_inline)) inline void multiply(Vec<S> (&acc)[R][2], const S
                                                     const S* b, int64_t count) {
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec<S>{};
-  for (int64_t k = 0; k < count; ++k, a += step, b += kPanel<S>) {
+  for (int64_t k = 0; k < count; ++k, a += step, b += kPanelColumns<S>) {
     const Vec<S> low = load<S>(b), high = load<S>(b + kLanes<S>);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
@@ -207,24 +183,15 @@ __attribute__((always_inline)) inline void multiply(Vec<S> (&acc)[R][2], const S
 // Two vectors of a result, or as much of them as there are columns.
 template <class S, class T>
 __attribute__((always_inline)) inline void store_some(const Vec<S> (&v)[2], int64_t columns, T* to) {
-  if (columns >= kPanel<S>) {
+  if (columns >= kPanelColumns<S>) {
     store_as<S>(to, v[0]);
     store_as<S>(to + kLanes<S>, v[1]);
   } else {
-    S row[kPanel<S>];
+    S row[kPanelColumns<S>];
     store<S>(row, v[0]);
     store<S>(row + kLanes<S>, v[1]);
     narrow<S>(row, columns, to);
   }
-}
-
-template <class F>
-__attribute__((always_inline)) inline void for_each_block(int64_t count, const F& f) {
-  int64_t i = 0;
-  for (; count - i > 8 || count - i == 6; i += 6) f(i, std::integral_constant<int, 6>{});
-  for (; count - i >= 4; i += 4) f(i, std::integral_constant<int, 4>{});
-  for (; count - i >= 2; i += 2) f(i, std::integral_constant<int, 2>{});
-  for (; i < count; ++i) f(i, std::integral_constant<int, 1>{});
 }
 
 template <class S>
@@ -268,11 +235,11 @@ void multiply_few(const S* x, int64_t count, const T* w, int64_t stride, int64_t
   for (; k < length; ++k) add(k, std::integral_constant<int, 1>{});
 }
 
-// Columns [0, columns) of a matrix in panels [panel][length][kPanel], zero beyond. Rows are read by a few cache lines
-// each, because single ones that lie a page apart would wait for memory one after the other.
+// Columns [0, columns) of a matrix in panels [panel][length][kPanelColumns], zero beyond. Rows are read by a few cache
+// lines each, because single ones that lie a page apart would wait for memory one after the other.
 template <class S, class T>
 void pack_columns(const T* w, int64_t stride, int64_t length, int64_t columns, S* panels) {
-  constexpr int64_t V = kPanel<S>, W = kLanes<S>, kAhead = 16;
+  constexpr int64_t V = kPanelColumns<S>, W = kLanes<S>, kAhead = 16;
   for (int64_t k = 0; k < length; ++k) {
     const T* p = w + k * stride;
     for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T)))
@@ -292,12 +259,12 @@ void pack_columns(const T* w, int64_t stride, int64_t length, int64_t columns, S
 
 // Columns of a matrix that are packed together.
 template <class S>
-constexpr int64_t kStrip = 192 / (kPanel<S> * sizeof(S)) > 1 ? 192 / sizeof(S) : kPanel<S>;
+constexpr int64_t kStrip = 192 / (kPanelColumns<S> * sizeof(S)) > 1 ? 192 / sizeof(S) : kPanelColumns<S>;
 
 template <class S, class T>
 void multiply_columns(const S* x, int64_t count, const T* w, int64_t stride, int64_t length, int64_t columns, S* panels,
                       S* y, int64_t pitch) {
-  constexpr int64_t V = kPanel<S>;
+  constexpr int64_t V = kPanelColumns<S>;
   if (count <= kPanelRows) return multiply_few<S>(x, count, w, stride, length, columns, y, pitch);
   const int64_t apart = pitch_of<S>(length);
   for (int64_t strip = 0; strip < columns; strip += kStrip<S>) {
@@ -305,7 +272,7 @@ void multiply_columns(const S* x, int64_t count, const T* w, int64_t stride, int
     pack_columns<S>(w + strip, stride, length, end - strip, panels);
     const S* panel = panels;
     for (int64_t c = strip; c < end; c += V, panel += length * V)
-      for_each_block(count, [&](int64_t m, auto rows) {
+      for_each_block(0, count, [&](int64_t m, auto rows) {
         constexpr int R = rows();
         Vec<S> acc[R][2];
         multiply<S, R>(acc, x + m * apart, apart, 1, panel, length);

@@ -4,7 +4,7 @@
 #include <limits>
 #include <numeric>
 
-#include "../common/vec.h"
+#include "../common/matrix.h"
 #include "kernels.h"
 
 namespace layerzoo::LZ_ISA {
@@ -155,16 +155,12 @@ struct Row {
   }
 
   void load_row(int64_t token) {
-    constexpr int W = kLanes<S>;
-    const T* logits = static_cast<const T*>(a.logits) + token * a.experts;
-    int64_t i = 0;
-    for (; i + W <= a.experts; i += W) store<S>(h + i, load_as<S>(logits + i));
-    for (; i < a.experts; ++i) h[i] = to<S>(logits[i]);
-    std::fill(h + i, h + size, -kInfinity<S>);
+    widen<S>(static_cast<const T*>(a.logits) + token * a.experts, a.experts, h);
+    std::fill(h + a.experts, h + size, -kInfinity<S>);
     log_sum = softmax(h, size, clean_p);
     if (a.noise) {
       const S* noise = static_cast<const S*>(a.noise) + token * a.experts;
-      for (i = 0; i < a.experts; ++i) h[i] += noise[i];
+      for (int64_t i = 0; i < a.experts; ++i) h[i] += noise[i];
     }
     if (a.score == Score::sigmoid)
       sigmoids(h, size, p);
@@ -315,10 +311,7 @@ void backward(const RouteGradArgs& a, void* scratch, int64_t begin, int64_t end)
     if (!a.grad_logits) continue;
     const S z = static_cast<S>(a.grad_z) * 2 * row.log_sum;
     if (a.grad_z != 0) map(out, size, [z = splat<S>(z)](Vec<S> x, Vec<S> y) { return x + z * y; }, row.clean_p);
-    T* grad = static_cast<T*>(a.grad_logits) + t * a.experts;
-    int64_t i = 0;
-    for (; i + kLanes<S> <= a.experts; i += kLanes<S>) store_as<S>(grad + i, load<S>(out + i));
-    for (; i < a.experts; ++i) grad[i] = from<T>(out[i]);
+    narrow<S>(out, a.experts, static_cast<T*>(a.grad_logits) + t * a.experts);
   }
 }
 

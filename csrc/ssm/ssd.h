@@ -80,16 +80,6 @@ __attribute__((always_inline)) inline void scale_rows(Vec<S> (&acc)[R][2], const
   for (int r = 0; r < R; ++r) acc[r][0] *= factors[r], acc[r][1] *= factors[r];
 }
 
-// Calls f(first, integral_constant<R>) over the rows [begin, end) in blocks of six, and of four where fewer are left.
-template <class F>
-__attribute__((always_inline)) inline void for_each_block(int64_t begin, int64_t end, const F& f) {
-  int64_t i = begin;
-  for (; end - i > 8 || end - i == 6; i += 6) f(i, std::integral_constant<int, 6>{});
-  for (; end - i >= 4; i += 4) f(i, std::integral_constant<int, 4>{});
-  for (; end - i >= 2; i += 2) f(i, std::integral_constant<int, 2>{});
-  for (; i < end; ++i) f(i, std::integral_constant<int, 1>{});
-}
-
 // ---- time ----
 
 // What a head has in one chunk.
