@@ -1,5 +1,7 @@
 """Experts on several machines: pairs travel to the process that has their expert, and what it gives travels back."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

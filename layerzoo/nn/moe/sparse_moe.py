@@ -4,6 +4,8 @@ Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-
 arXiv 1701.06538.
 """
 
+from __future__ import annotations
+
 import copy
 from typing import Any, Literal
 
@@ -134,7 +136,7 @@ class SparseMoE(nn.Module):
         return (y, routing) if return_routing else y
 
     @torch.no_grad()
-    def shard(self, process_group: torch.distributed.ProcessGroup) -> "SparseMoE":
+    def shard(self, process_group: torch.distributed.ProcessGroup) -> SparseMoE:
         """A copy of this layer for one of several machines: with the experts of this process, and everything else.
 
         Each process of the group holds num_experts / size experts and has tokens of its own, any number of them; pairs
