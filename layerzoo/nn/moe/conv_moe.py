@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerzoo.nn.moe.any_experts import AnyExperts, factory_of
 from layerzoo.nn.moe.router import Router, Routing
 
 
-class ConvMoE(nn.Module):
+class ConvMoE(AnyExperts):
     """Maps images (batch, in_channels, height, width) to (batch, out_channels, …): sum of weights[k] expert_k(image).
 
     The gate sees each image's mean over its pixels and takes the `top_k` largest of its logits. Experts are residual
@@ -61,13 +62,9 @@ class ConvMoE(nn.Module):
 
         Where they are compiled, or norms over the batch are in them, mind that then all of them see every image.
         """
-        like: dict[str, Any] = {}
-        for parameter in (p for expert in experts for p in expert.parameters()):
-            like = {"device": parameter.device, "dtype": parameter.dtype}
-            break
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._connect(experts, in_channels, top_k, noisy, like)
+        layer._connect(experts, in_channels, top_k, noisy, factory_of(experts))
         return layer
 
     def _connect(
@@ -76,12 +73,6 @@ class ConvMoE(nn.Module):
         self.in_channels = in_channels
         self.router = Router(in_channels, len(experts), top_k, "noisy" if noisy else "topk_softmax", **like)
         self.experts = nn.ModuleList(experts)
-
-    def reset_parameters(self) -> None:
-        """Draws every parameter anew; experts of `around` need a method of this name in each module with parameters."""
-        for module in self.modules():
-            if module is not self and any(True for _ in module.parameters(recurse=False)):
-                module.reset_parameters()  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}"

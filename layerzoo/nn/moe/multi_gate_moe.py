@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerzoo.nn.moe.any_experts import AnyExperts, factory_of
 from layerzoo.ops import linear_scan
 from layerzoo.reference.ssm import accumulate_dtype
 
 
-class MultiGateMoE(nn.Module):
+class MultiGateMoE(AnyExperts):
     """Maps (batch, ..., hidden_size) to (num_tasks, batch, ..., output_size): `y_k = sum_e softmax(W_k x)_e f_e(x)`.
 
     Every expert runs once for all tasks. With `temporal` x is (batch, length, hidden_size) and the gates see a summary
@@ -63,13 +64,9 @@ class MultiGateMoE(nn.Module):
     ) -> "MultiGateMoE":
         """Gates for modules that exist, which become part of it; each maps the input to a tensor of one shape, whose
         first dimensions are those that have a mixture each."""
-        like: dict[str, Any] = {}
-        for parameter in (p for expert in experts for p in expert.parameters()):
-            like = {"device": parameter.device, "dtype": parameter.dtype}
-            break
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._connect(experts, hidden_size, num_tasks, temporal, like)
+        layer._connect(experts, hidden_size, num_tasks, temporal, factory_of(experts))
         return layer
 
     def _connect(
@@ -83,12 +80,6 @@ class MultiGateMoE(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.gates = nn.Linear(hidden_size, num_tasks * len(experts), bias=False, **like)
         self.summary = nn.Linear(hidden_size, 2 * hidden_size, **like) if temporal else None
-
-    def reset_parameters(self) -> None:
-        """Draws every parameter anew; experts of `around` need a method of this name in each module with parameters."""
-        for module in self.modules():
-            if module is not self and any(True for _ in module.parameters(recurse=False)):
-                module.reset_parameters()  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_tasks={self.num_tasks}, temporal={self.temporal}"
