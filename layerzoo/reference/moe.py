@@ -39,8 +39,13 @@ def _gate(
     return y * up, slope * up * (g <= limit), y * (u.abs() <= limit)
 
 
-def pairs_by_expert(ids: Tensor, offsets: Tensor | None, experts: int, first: int) -> tuple[Tensor, Tensor, list[int]]:
-    """The pairs that are kept, sorted by expert, the token of each, and where each expert's begin and end."""
+def pairs_by_expert(
+    count: int, ids: Tensor, offsets: Tensor | None, experts: int, first: int
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The pairs that are kept, sorted by expert, the token of each, and where each expert's begin and end.
+
+    Raises RuntimeError where a pair is of no expert that there is, or of none of the `count` tokens.
+    """
     if offsets is None:
         local = ids.reshape(-1).long() - max(first, 0)
         bad = (ids.reshape(-1) < 0) | (local > experts) if first < 0 else ids.reshape(-1) < 0
@@ -61,15 +66,10 @@ def pairs_by_expert(ids: Tensor, offsets: Tensor | None, experts: int, first: in
         )
     if any(a > b for a, b in itertools.pairwise(ends)):
         raise RuntimeError(f"moe_experts: offsets must not descend, got {ends}")
-    return torch.arange(ids.numel(), device=ids.device), ids.long(), ends
-
-
-def check_values(x: Tensor, ids: Tensor, offsets: Tensor | None, experts: int, first: int) -> None:
-    """Raises where a pair is of no expert that there is, or of no token."""
-    tokens = pairs_by_expert(ids, offsets, experts, first)[1]
-    bad = (tokens < 0) | (tokens >= x.shape[0])
+    bad = (ids < 0) | (ids >= count)
     if bad.any():
-        raise RuntimeError(f"moe_experts: tokens must be in [0, {x.shape[0]}), got {int(tokens[bad][0])}")
+        raise RuntimeError(f"moe_experts: tokens must be in [0, {count}), got {int(ids[bad][0])}")
+    return torch.arange(ids.numel(), device=ids.device), ids.long(), ends
 
 
 def moe_experts(
@@ -93,8 +93,7 @@ def moe_experts(
 ) -> tuple[Tensor, Tensor]:
     """out (tokens, H), and what the backward pass needs: the hidden layer before its gate, one row for each pair."""
     acc, experts = accumulate_dtype(x), w13.shape[0]
-    check_values(x, ids, offsets, experts, first)
-    pairs, tokens, ends = pairs_by_expert(ids, offsets, experts, first)
+    pairs, tokens, ends = pairs_by_expert(x.shape[0], ids, offsets, experts, first)
     w = weights.reshape(-1)[pairs].to(acc)
     hidden = x.new_zeros((weights.numel() if save else 0, w13.shape[2 if transposed else 1]), dtype=acc)
     out = x.new_zeros(x.shape, dtype=acc)
@@ -141,7 +140,7 @@ def moe_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weights, w13, w2, b13 and b2."""
     acc, experts = accumulate_dtype(x), w13.shape[0]
-    pairs, tokens, ends = pairs_by_expert(ids, offsets, experts, first)
+    pairs, tokens, ends = pairs_by_expert(x.shape[0], ids, offsets, experts, first)
     w = weights.reshape(-1).to(acc)
     grad_x, grad_w = x.new_zeros(x.shape, dtype=acc), torch.zeros_like(w)
     grad_w13, grad_w2 = torch.zeros_like(w13), torch.zeros_like(w2)

@@ -151,7 +151,8 @@ class Case:
 
     def kept(self) -> int:
         """How many pairs are not dropped; behind these, rows are never written."""
-        return len(reference.pairs_by_expert(self.ids, self.choices, self.w13.shape[0], self.options[-1])[0])
+        experts, first = self.w13.shape[0], self.options[-1]
+        return len(reference.pairs_by_expert(len(self.x), self.ids, self.choices, experts, first)[0])
 
     def arguments(self) -> Arguments:
         args, s = Arguments(), Sort()

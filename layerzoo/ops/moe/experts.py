@@ -9,9 +9,9 @@ from torch import Tensor
 from layerzoo import env
 from layerzoo.ops._checks import FLOATING, INTEGER, check_positive, check_rank, check_tensor
 from layerzoo.ops._define import define
+from layerzoo.reference.ssm import accumulate_dtype
 from layerzoo.reference import moe as reference
 from layerzoo.reference.moe import ACTIVATIONS
-from layerzoo.reference.ssm import accumulate_dtype
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
@@ -220,7 +220,7 @@ def _run(
     if limit is not None and not limit > 0:
         raise ValueError(f"{op}: limit must be positive or None, got {limit}")
     if x.is_cuda and env.check():
-        reference.check_values(x, ids, offsets, w13.shape[0], first)
+        reference.pairs_by_expert(x.shape[0], ids, offsets, w13.shape[0], first)
     inputs = (x, ids, weights, offsets, _readable(w13), _readable(w2), b13, b2)
     trained = [t for i in _DIFFERENTIABLE if (t := inputs[i]) is not None]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in trained)
