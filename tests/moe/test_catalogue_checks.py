@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerzoo.nn import BASELayer, SparseMoE
-from layerzoo.nn.moe import RouterStats, cv_squared
 from layerzoo.ops import balanced_assignment
+
+from . import test_sparse_moe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,19 +31,7 @@ def test_sparsely_gated_moe() -> None:
     nn.init.normal_(every.router.weight)
     torch.testing.assert_close(every(x), dense(every, x))
 
-    # importance and load losses even the load of a router that starts skewed
-    moe = SparseMoE(6, 10, 4, 2, router="noisy").double()
-    with torch.no_grad():
-        moe.router.weight[0, 0] += 4
-    optimizer = torch.optim.Adam(moe.router.parameters(), lr=0.05)
-    with RouterStats(moe) as stats:
-        for _ in range(60):
-            optimizer.zero_grad()
-            moe(x)
-            stats.loss(importance=1.0, load=1.0).backward()
-            optimizer.step()
-    load = stats.load("router")
-    assert cv_squared(load[-5:].mean(0)) < 0.2 * cv_squared(load[:5].mean(0))
+    test_sparse_moe.TestLosses().test_a_balance_loss_drives_the_load_together()
 
     # as many pairs, and so as many products, however many experts there are
     for experts in (4, 64):
