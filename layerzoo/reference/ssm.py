@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from layerzoo.reference import accumulate_dtype
+
 CHUNK = 64  # steps between the states that the forward keeps for the backward
-
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The type computed in: float64 for float64 input, float32 for everything else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_values(op: str, A: Tensor | None, seq_idx: Tensor | None) -> None:

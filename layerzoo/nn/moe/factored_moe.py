@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerzoo.reference.ssm import accumulate_dtype
+from layerzoo.reference import accumulate_dtype
 
 
 class FactoredMoE(nn.Module):

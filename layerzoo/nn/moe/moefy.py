@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from layerzoo.ops import moe_experts
 from layerzoo.ops.moe.experts import Activation
+from layerzoo.reference import accumulate_dtype
 from layerzoo.reference.moe import ACTIVATIONS, activate
-from layerzoo.reference.ssm import accumulate_dtype
 
 
 class MoEfiedFFN(nn.Module):

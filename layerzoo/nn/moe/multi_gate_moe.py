@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from layerzoo.nn.moe.any_experts import AnyExperts, factory_of
 from layerzoo.ops import linear_scan
-from layerzoo.reference.ssm import accumulate_dtype
+from layerzoo.reference import accumulate_dtype
 
 
 class MultiGateMoE(AnyExperts):

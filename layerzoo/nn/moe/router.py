@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from layerzoo.nn.moe.losses import balance_loss, cv_squared, z_loss
 from layerzoo.ops import balanced_assignment, expert_choice, moe_route, sinkhorn
-from layerzoo.reference.ssm import accumulate_dtype
+from layerzoo.reference import accumulate_dtype
+from layerzoo.reference.moe import TINY
 
 Kind = Literal["softmax", "sigmoid", "topk_softmax", "noisy", "sinkhorn", "base", "expert_choice"]
 KINDS = ("softmax", "sigmoid", "topk_softmax", "noisy", "sinkhorn", "base", "expert_choice")
-TINY = 1e-20
 
 
 class Routing(NamedTuple):
@@ -21,7 +21,8 @@ class Routing(NamedTuple):
 
     `ids`, `weights`: (T, k), where an id of E is dropped; or, where experts choose, the chosen tokens and their weights
     (pairs,), those of expert e at `offsets`[e] … [e + 1]. `counts` (E,): pairs of each expert, before any drop.
-    `importance` (E,): sums of the probabilities over tokens. `dropped`: pairs without their expert. `losses`: scalars
+    `importance` (E,): sums over tokens of the probabilities; of the weights where these are a softmax over the chosen
+    ones, and the balance loss then is of those. `dropped`: pairs without their expert. `losses`: scalars
     with gradients, by name: "balance" and "z" always, "importance" and "load" of noisy top-k.
     """
 

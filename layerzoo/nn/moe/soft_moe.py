@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerzoo.nn.moe.experts import Experts
 from layerzoo.ops.moe.experts import Activation
-from layerzoo.reference.ssm import accumulate_dtype
+from layerzoo.reference import accumulate_dtype
 
 
 class SoftMoE(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from layerzoo import env
 from layerzoo.ops._checks import FLOATING, INTEGER, check_positive, check_rank, check_tensor
 from layerzoo.ops._define import define
-from layerzoo.reference.ssm import accumulate_dtype
+from layerzoo.reference import accumulate_dtype
 from layerzoo.reference import moe as reference
 from layerzoo.reference.moe import ACTIVATIONS
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from layerzoo.ops._checks import check_positive, check_rank, check_tensor
 from layerzoo.ops._define import define
+from layerzoo.reference import accumulate_dtype
 from layerzoo.reference import moe as reference
 from layerzoo.reference.moe import SCORES
-from layerzoo.reference.ssm import accumulate_dtype
 
 Score = Literal["softmax", "sigmoid", "topk_softmax"]
 Groups = tuple[int, int, Literal["top2", "max"]]

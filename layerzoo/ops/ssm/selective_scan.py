@@ -9,8 +9,9 @@ from layerzoo import env
 from layerzoo.ops._checks import INTEGER, check_positive, check_rank, check_tensor
 from layerzoo.ops._define import define
 from layerzoo.ops.ssm._results import laid_out, new, or_empty
+from layerzoo.reference import accumulate_dtype
 from layerzoo.reference import ssm as reference
-from layerzoo.reference.ssm import CHUNK, accumulate_dtype
+from layerzoo.reference.ssm import CHUNK
 
 
 def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

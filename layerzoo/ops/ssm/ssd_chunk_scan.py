@@ -10,8 +10,9 @@ from layerzoo import env
 from layerzoo.ops._checks import INTEGER, check_positive, check_rank, check_tensor
 from layerzoo.ops._define import define
 from layerzoo.ops.ssm._results import or_empty
+from layerzoo.reference import accumulate_dtype
 from layerzoo.reference import ssm as reference
-from layerzoo.reference.ssm import CHUNK, accumulate_dtype
+from layerzoo.reference.ssm import CHUNK
 
 _SSD_INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
